@@ -1,0 +1,43 @@
+# Two commands set everything up and run it: `make demo` and `make test`.
+SHELL := /bin/bash
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check fmt lint unit test demo bench clean-leftovers
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Debian packages (as root), virtual environment, the package itself
+
+$(STAMP): pyproject.toml tools/setup.sh
+	@tools/setup.sh $(VENV)
+	@touch $@
+
+check: $(STAMP) lint unit ## format, lint, types, unit tests: under a minute
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+unit: $(STAMP)
+	$(PY) -m pytest -q tests/unit
+
+fmt: $(STAMP) ## format the code
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+test: $(STAMP) lint ## everything; what this machine cannot run is named at the end
+	$(PY) -m pytest -q tests
+
+demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
+	@$(PY) tools/demo.py
+
+bench: $(STAMP) ## layers, mounts and fio beside a plain loop device and qcow2
+	$(PY) tools/bench.py
+
+clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
+	$(PY) -m tests.support.leftovers

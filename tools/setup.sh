@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Install what `make demo` and `make test` need: Debian packages (as root), then a virtual environment.
+set -euo pipefail
+venv=${1:-.venv}
+
+packages=(
+  python3-venv            # ensurepip, where Debian's own Python is used
+  e2fsprogs xfsprogs      # mkfs of layers
+  util-linux mount fdisk  # losetup, fstrim, blkdiscard, blkid for the tests
+  thin-provisioning-tools # thin_check, thin_dump, thin_restore: the oracle of the tests
+  fio qemu-utils          # verify under load; the peer of the benchmark
+  debootstrap zstd        # the demo's root file system; the graphs in tests/data
+)
+missing=()
+for package in "${packages[@]}"; do
+  status=$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null || true)
+  [[ $status == "install ok installed" ]] || missing+=("$package")
+done
+if ((${#missing[@]})); then
+  if ((EUID == 0)) && command -v apt-get >/dev/null; then
+    echo "setup: installing ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  else
+    echo "setup: not root: going on without ${missing[*]}" >&2
+  fi
+fi
+
+if [[ ! -x $venv/bin/python ]]; then
+  python3 -m venv "$venv"
+fi
+"$venv/bin/pip" install -q --disable-pip-version-check --root-user-action=ignore -e '.[dev]'
