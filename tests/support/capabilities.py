@@ -1,0 +1,53 @@
+"""What this machine can do, found out by doing it once.
+
+Each probe returns the reason why it cannot, or "" when it can.  Versions are never compared.
+"""
+
+import fcntl
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Final
+
+LOOP_CTL_GET_FREE: Final = 0x4C82
+
+
+@functools.cache
+def root() -> str:
+    return "" if os.geteuid() == 0 else "not root"
+
+
+@functools.cache
+def fuse() -> str:
+    """FUSE, loop devices and mount together: what the embedded engine's export needs."""
+    if reason := root():
+        return reason
+    for node in ("/dev/fuse", "/dev/loop-control"):
+        try:
+            fd = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as err:
+            return f"{node}: {err.strerror}"
+        try:
+            if node.endswith("control"):
+                fcntl.ioctl(fd, LOOP_CTL_GET_FREE)
+        except OSError as err:
+            return f"no free loop device: {err.strerror}"
+        finally:
+            os.close(fd)
+    for tool in ("mkfs.ext4", "mkfs.xfs"):
+        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+            return f"{tool} is not installed"
+    return ""
+
+
+@functools.cache
+def tools() -> str:
+    """The oracle: thin-provisioning-tools."""
+    for tool in ("thin_check", "thin_dump", "thin_restore"):
+        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+            return f"{tool} is not installed (Debian: thin-provisioning-tools)"
+    return ""
+
+
+PROBES: Final[dict[str, Callable[[], str]]] = {"root": root, "fuse": fuse, "tools": tools}
