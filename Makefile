@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test demo bench clean-leftovers
+.PHONY: help setup check fmt lint unit test soak demo bench clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ fmt: $(STAMP) ## format the code
 
 test: $(STAMP) lint ## everything; what this machine cannot run is named at the end
 	$(PY) -m pytest -q tests
+
+soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs
+	MODEL_STEPS=5000 KILLS=100 $(PY) -m pytest -q --timeout 7200 tests/crash tests/unit/t4_metadata.py
 
 demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 	@$(PY) tools/demo.py
