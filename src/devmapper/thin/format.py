@@ -168,7 +168,7 @@ class MetadataIndex(NamedTuple):
     csum: int  # __le32
     padding: int  # __le32
     blocknr: int  # __le64
-    index: tuple[IndexEntry, ...]  # [255], zeros behind the last bitmap
+    entries: tuple[IndexEntry, ...]  # index[255], zeros behind the last bitmap
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview) -> Self:
@@ -177,7 +177,7 @@ class MetadataIndex(NamedTuple):
         return cls(csum, padding, blocknr, tuple(map(IndexEntry._make, entries)))
 
     def pack(self) -> bytes:
-        packed = b"".join(entry.pack() for entry in self.index)
+        packed = b"".join(entry.pack() for entry in self.entries)
         header = _BLOCK_HEADER.pack(self.csum, self.padding, self.blocknr)
         return (header + packed).ljust(BLOCK_SIZE, b"\0")
 
