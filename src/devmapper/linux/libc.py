@@ -1,0 +1,72 @@
+"""The few functions of the C library that Python's `os` does not have.
+
+One call, one function: every wrapper raises `OSError` with the errno of the call and the name of
+the object it was about.  Nothing here knows what the callers are for.
+"""
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+_STATFS_BUFFER: Final = 512  # struct statfs takes 120 bytes on 64-bit machines
+_PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h
+
+
+def _check(result: int, call: str, subject: str | None) -> None:
+    if result == 0:
+        return
+    errno = ctypes.get_errno()
+    message = f"{call}: {os.strerror(errno)}"
+    raise OSError(errno, message, subject) if subject else OSError(errno, message)
+
+
+def mount(source: str, target: str, fs_type: str | None, flags: int, data: str | None) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if fs_type is None else fs_type.encode("ascii"),
+        flags,
+        None if data is None else os.fsencode(data),
+    )
+    _check(result, f"mount {source!r}", target)
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), flags), "umount", target)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), with the modes that `os.posix_fallocate` has no way to ask for."""
+    _check(_libc.fallocate(fd, mode, offset, length), f"fallocate mode {mode:#x}", None)
+
+
+def statfs_type(path: str) -> int:
+    """`f_type` of statfs(2), which `os.statvfs` leaves out."""
+    buffer = ctypes.create_string_buffer(_STATFS_BUFFER)
+    _check(_libc.statfs(os.fsencode(path), buffer), "statfs", path)
+    (f_type,) = struct.unpack_from("@L", buffer)
+    return int(f_type) & 0xFFFFFFFF
+
+
+def set_io_flusher() -> None:
+    """Tell memory reclaim that this process serves I/O (PR_SET_IO_FLUSHER, Linux 5.6).
+
+    Without it an allocation of ours can wait for dirty pages that only we can write back.
+    """
+    _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0), "prctl(PR_SET_IO_FLUSHER)", None)
