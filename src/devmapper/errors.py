@@ -7,7 +7,9 @@
     ├── LayerError
     │   ├── LayerNotFound                  10
     │   ├── LayerExists                    11
-    │   └── LayerBusy                      12
+    │   ├── LayerBusy                      12
+    │   ├── LayerNotMounted                14
+    │   └── MountFailed                    15   mount(2) refused, or what it would mount is unsafe
     ├── ArchiveError                       13   a tar that is damaged or unsafe
     ├── PoolError
     │   ├── PoolNotFound                   20
@@ -103,6 +105,30 @@ class LayerBusy(LayerError):
             hint="unmount it, or end the processes that use it",
         )
         self.holders = tuple(holders)
+
+
+class LayerNotMounted(LayerError):
+    exit_code = 14
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            layer, f"layer {layer!r} is not mounted", hint="devmapper get mounts a layer"
+        )
+
+
+class MountFailed(LayerError):
+    """The layer's file system could not be mounted, or cannot be used safely."""
+
+    exit_code = 15
+
+    def __init__(self, layer: str, path: Path, reason: str) -> None:
+        super().__init__(
+            layer,
+            f"layer {layer!r} could not be mounted on {str(path)!r}: {reason}",
+            hint="dm.mountopt and the kernel's log may say more",
+        )
+        self.path = path
+        self.reason = reason
 
 
 class ArchiveError(DevmapperError):
