@@ -1,0 +1,188 @@
+"""Changes of a layer as a tar stream, as Docker writes them.
+
+Nothing is locked: a file that changes while it is read yields an archive that is whole all the
+same.  Memory does not grow with the content of files.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from errno import ENXIO
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from devmapper.errors import ArchiveError
+from devmapper.layerdiff import tarformat
+from devmapper.layerdiff.attributes import read_xattrs
+from devmapper.layerdiff.changes import Change, Kind, changes, sort_key
+from devmapper.layerdiff.descent import Cursor, open_unseen
+from devmapper.layerdiff.tarformat import BLOCK, Entry
+
+log = logging.getLogger(__name__)
+
+WHITEOUT: Final = ".wh."
+
+_CHUNK: Final = 1 << 20
+_ZEROS: Final = bytes(_CHUNK)
+_STAT_BLOCK: Final = 512  # what st_blocks counts, stat(2)
+_TYPES: Final = {
+    stat.S_IFREG: tarformat.REGULAR,
+    stat.S_IFLNK: tarformat.SYMLINK,
+    stat.S_IFCHR: tarformat.CHARACTER,
+    stat.S_IFBLK: tarformat.BLOCK_DEVICE,
+    stat.S_IFDIR: tarformat.DIRECTORY,
+    stat.S_IFIFO: tarformat.FIFO,
+}
+
+
+def write_tree(root: Path, out: BinaryIO) -> None:
+    """Write all of *root*: the difference to an empty tree."""
+    write_diff(root, changes(root, None), out)
+
+
+def write_diff(root: Path, changes: Iterable[Change], out: BinaryIO) -> None:
+    """Write *changes* of the tree *root* as an uncompressed tar stream, in the order of paths.
+
+    Sockets are left out, as Docker does.  What has vanished since it was listed is left out with
+    a warning; a file that has shrunk is filled up with zeros.  A name that starts with `.wh.` is
+    an `ArchiveError`: the reader would take it for a deletion.
+    """
+    with Cursor(root) as cursor:
+        writer = _DiffWriter(cursor, out)
+        for change in sorted(changes, key=sort_key):
+            writer.add(change)
+        writer.finish()
+
+
+class _DiffWriter:
+    def __init__(self, cursor: Cursor, out: BinaryIO) -> None:
+        self._cursor = cursor
+        self._out = out
+        self._buffer = bytearray(_CHUNK)
+        self._names: dict[tuple[int, int], str] = {}  # of files with several, where first written
+
+    def add(self, change: Change) -> None:
+        path = change.path[1:]
+        *directory, name = change.parts
+        if name.startswith(WHITEOUT):
+            raise ArchiveError(path, f"a layer cannot hold names that start with {WHITEOUT!r}")
+        if change.kind is Kind.DELETE:
+            self._add_whiteout(directory, name)
+            return
+        try:
+            self._cursor.move_to(directory)
+            status = os.stat(name, dir_fd=self._cursor.fd, follow_symlinks=False)
+            self._add_inode(change, name, status)
+        except FileNotFoundError:
+            log.warning("%r has vanished while the layer was read; it is left out", path)
+
+    def finish(self) -> None:
+        self._write(bytes(2 * BLOCK))
+
+    def _add_whiteout(self, directory: list[str], name: str) -> None:
+        path = "/".join([*directory, WHITEOUT + name])
+        self._write(tarformat.encode(Entry(path, tarformat.REGULAR)))
+
+    def _add_inode(self, change: Change, name: str, status: os.stat_result) -> None:
+        path = change.path[1:]
+        kind = _TYPES.get(stat.S_IFMT(status.st_mode))
+        if kind is None:
+            if change.kind is Kind.MODIFY:  # what it has replaced must not come back
+                self._add_whiteout(change.parts[:-1], name)
+            return
+        entry = Entry(
+            path + "/" if kind == tarformat.DIRECTORY else path,
+            kind,
+            mode=stat.S_IMODE(status.st_mode),
+            uid=status.st_uid,
+            gid=status.st_gid,
+            mtime_ns=status.st_mtime_ns,
+        )
+        if status.st_nlink > 1 and kind != tarformat.DIRECTORY:
+            first = self._names.setdefault((status.st_dev, status.st_ino), path)
+            if first != path:
+                link = entry._replace(type=tarformat.HARD_LINK, link=first)
+                self._write(tarformat.encode(link))
+                return
+        entry = entry._replace(xattrs=read_xattrs(name, dir_fd=self._cursor.fd))
+        if kind == tarformat.REGULAR:
+            self._add_file(entry, name, status)
+            return
+        if kind == tarformat.SYMLINK:
+            entry = entry._replace(link=os.readlink(name, dir_fd=self._cursor.fd))
+        elif kind == tarformat.DIRECTORY:
+            entry = entry._replace(complete_xattrs=change.kind is Kind.MODIFY)
+        elif kind in (tarformat.CHARACTER, tarformat.BLOCK_DEVICE):
+            entry = entry._replace(
+                dev_major=os.major(status.st_rdev), dev_minor=os.minor(status.st_rdev)
+            )
+        self._write(tarformat.encode(entry))
+
+    def _add_file(self, entry: Entry, name: str, status: os.stat_result) -> None:
+        if not status.st_size:
+            self._write(tarformat.encode(entry))
+            return
+        # O_NONBLOCK: should a fifo have taken its place, do not wait for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = open_unseen(name, flags, dir_fd=self._cursor.fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise ArchiveError(entry.name, "the file was replaced while the layer was read")
+            self._write(tarformat.encode(entry._replace(size=status.st_size)))
+            written = 0
+            for start, end in data_ranges(fd, status):
+                self._write_zeros(start - written)
+                written = self._copy(fd, start, end)
+                if written < end:
+                    log.warning("%r has shrunk while the layer was read", entry.name)
+                    break
+            self._write_zeros(status.st_size - written)
+            self._write(tarformat.padding(status.st_size))
+        finally:
+            os.close(fd)
+
+    def _copy(self, fd: int, start: int, end: int) -> int:
+        """Write the bytes from *start* to *end*; returns where they ended."""
+        view = memoryview(self._buffer)
+        while start < end:
+            count = os.preadv(fd, [view[: min(end - start, _CHUNK)]], start)
+            if not count:
+                break
+            self._write(view[:count])
+            start += count
+        return start
+
+    def _write_zeros(self, count: int) -> None:
+        view = memoryview(_ZEROS)
+        while count > 0:
+            length = min(count, _CHUNK)
+            self._write(view[:length])
+            count -= length
+
+    def _write(self, data: bytes | memoryview) -> None:
+        written = self._out.write(data)
+        while written < len(data):  # a raw stream may take less
+            data = memoryview(data)[written:]
+            written = self._out.write(data)
+
+
+def data_ranges(fd: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
+    """Where the file has data: (start, end), ascending; all of it where holes are unknown."""
+    size = status.st_size
+    if status.st_blocks * _STAT_BLOCK >= size:
+        yield 0, size
+        return
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno == ENXIO:  # nothing but a hole is left
+                return
+            raise
+        if start >= size:
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end
