@@ -1,0 +1,71 @@
+"""Loop devices on the files of an export, as the clients put and remove them."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from devmapper.errors import EnvironmentLacking
+from devmapper.linux import loop, mount
+from devmapper.linux.blockdev import device_number
+
+_DEAD: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENXIO, errno.ENODEV})
+# A plain open (udev's probe, blkid) ends by itself, a mount does not
+_PROBE_SECONDS: Final = 0.3
+
+
+def attach(file: Path) -> Path:
+    """The loop device on *file*, attached with direct I/O if there was none."""
+    if (node := find(file)) is not None:
+        # A deactivation that was killed may have left it marked to go away
+        loop.cancel_autoclear(node)
+        return node
+    try:
+        return loop.attach(file, direct_io=True)
+    except OSError as err:
+        if err.errno == errno.ENODEV:
+            raise EnvironmentLacking(
+                "no loop device is free",
+                hint="load the module loop, or allow this container /dev/loop-control",
+            ) from err
+        raise
+
+
+def find(file: Path) -> Path | None:
+    """The loop device on *file*; one that stands on a dead export by the same name is not it."""
+    nodes = loop.find_by_backing_file(file)
+    if not nodes:
+        return None
+    there = os.stat(file)
+    for node in nodes:
+        try:
+            status = loop.find_status(node)
+        except OSError as err:
+            if err.errno not in _DEAD:
+                raise
+            continue
+        if status is not None and status.backs(there):
+            return node
+    return None
+
+
+def detach(node: Path) -> bool:
+    """Detach a loop device; False if it is in use."""
+    timeout = 0.0 if mount.mounts_of(device_number(node)) else _PROBE_SECONDS
+    try:
+        loop.detach(node, timeout=timeout)
+    except OSError as err:
+        if err.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
+def users(node: Path) -> int:
+    """How many mounts in this namespace and how many block devices stand on *node*."""
+    number = device_number(node)
+    try:
+        stacked = len(os.listdir(f"/sys/dev/block/{number}/holders"))
+    except FileNotFoundError:
+        stacked = 0
+    return stacked + len(mount.mounts_of(number))

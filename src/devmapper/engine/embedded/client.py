@@ -1,0 +1,382 @@
+"""The embedded engine as commands and daemons use it: the port, over the engine process's socket.
+
+The engine process has the pool; this side has everything that stands on its export: loop devices,
+freezing, finding out who uses a device, clearing what a killed engine process left.
+
+One connection for each call: a call costs some 0.2 ms, and no connection outlives a fork, a thread
+or the engine process.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final, TypeVar
+
+from devmapper.engine.embedded import protocol, runtime
+from devmapper.engine.embedded.activation import Event, next_state
+from devmapper.engine.embedded.records import ExportedDevice
+from devmapper.engine.port import (
+    Activation,
+    DeviceInfo,
+    EngineFeatures,
+    Outcome,
+    PoolStatus,
+    PoolTable,
+    ThinStatus,
+)
+from devmapper.errors import EngineError, PoolMismatch, ThinBusy
+from devmapper.units import Bytes, ThinId, TransactionId
+
+_CONNECT_SECONDS: Final = 10.0
+_ANSWER_SECONDS: Final = 180.0  # a flush waits for queued writes of a full pool up to 60 s
+_LOCK_SECONDS: Final = 180.0
+_END_SECONDS: Final = 60.0
+
+T = TypeVar("T")
+
+
+class EmbeddedPoolClient:
+    """A pool that an engine process holds; implements `devmapper.engine.port.ThinPool`."""
+
+    def __init__(self, paths: runtime.Paths) -> None:
+        self._paths = paths
+
+    @property
+    def name(self) -> str:
+        return self._paths.directory.name
+
+    def table(self) -> PoolTable:
+        return self._ask(PoolTable, "table")
+
+    def status(self) -> PoolStatus:
+        return self._ask(PoolStatus, "status")
+
+    def thin_ids(self) -> list[ThinId]:
+        return self._ask(list[ThinId], "thin_ids")
+
+    def thin_status(self, thin_id: ThinId) -> ThinStatus:
+        return self._ask(ThinStatus, "thin_status", thin_id=thin_id)
+
+    def create_thin(self, thin_id: ThinId) -> None:
+        self._order("create_thin", thin_id=thin_id)
+
+    def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
+        self._order("create_snap", thin_id=thin_id, origin=origin)
+
+    def delete(self, thin_id: ThinId) -> None:
+        self._order("delete", thin_id=thin_id)
+
+    def set_transaction_id(self, expected: TransactionId, new: TransactionId) -> None:
+        self._order("set_transaction_id", expected=expected, new=new)
+
+    def commit(self) -> None:
+        self._order("commit")
+
+    def resize(self, table: PoolTable) -> None:
+        self._order("resize", table=_absolute(table))
+
+    def export_metadata(self, target: Path) -> None:
+        """Write a copy of the committed metadata to *target*, sparse and durable."""
+        from devmapper.engine.embedded.copying import copy_sparse
+
+        copy = self._ask(Path, "export_metadata")
+        try:
+            copy_sparse(copy, target)
+        finally:
+            copy.unlink()
+            copy.parent.rmdir()
+
+    def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
+        """Export the device, then attach a loop device; what is done already stays as it is.
+
+        A command that died between the two has left an export without a loop device: the next call
+        goes on from there.
+        """
+        from devmapper.engine.embedded import attachment
+
+        runtime.check_name(name, "device")
+        with runtime.device_lock(self._paths, name):
+            done = self._ask(Outcome, "activate", name=name, thin_id=thin_id, size=size)
+            try:
+                return attachment.attach(self._paths.exported(name))
+            except BaseException:
+                if done is Outcome.DONE:
+                    with suppress(EngineError, ThinBusy):  # the first error is the one to tell
+                        self._ask(Outcome, "deactivate", name=name)
+                raise
+
+    def deactivate(self, name: str, *, deferred: bool = False) -> Outcome:
+        """Detach the loop device and take the device off the export.
+
+        In use: `ThinBusy` with who uses it, or LEAVING if *deferred*.
+        """
+        from devmapper.engine.embedded import attachment
+
+        with runtime.device_lock(self._paths, name):
+            entry = self._exported(name)
+            if entry is None:
+                return Outcome.ALREADY
+            if entry.state is Activation.SUSPENDED:
+                next_state(name, entry.state, Event.DEACTIVATE)
+            node = attachment.find(self._paths.exported(name))
+            if node is not None and not attachment.detach(node):
+                if not deferred:
+                    raise _busy(name, node)
+                return self._defer(name, node)
+            self._ask(Outcome, "deactivate", name=name)
+            return Outcome.DONE
+
+    def cancel_deferred(self, name: str) -> Outcome:
+        """Keep a device that is LEAVING; ALREADY if it is not, or has gone meanwhile."""
+        from devmapper.engine.embedded import attachment
+        from devmapper.linux import loop
+
+        with runtime.device_lock(self._paths, name):
+            if self._ask(Outcome, "cancel_deferred", name=name) is Outcome.ALREADY:
+                return Outcome.ALREADY
+            node = attachment.find(self._paths.exported(name))
+            if node is not None:
+                with suppress(OSError):  # its last user has just closed it
+                    loop.cancel_autoclear(node)
+            if attachment.find(self._paths.exported(name)) is None:
+                self._ask(Outcome, "deactivate", name=name)
+                return Outcome.ALREADY
+            return Outcome.DONE
+
+    def info(self, name: str) -> DeviceInfo | None:
+        """The device if it is active; an export without a loop device is not."""
+        entry = self._exported(name)
+        return None if entry is None else self._info(entry)
+
+    def devices(self) -> list[DeviceInfo]:
+        found = (self._info(entry) for entry in self._all_exported())
+        return [info for info in found if info is not None]
+
+    @contextmanager
+    def suspended(self, name: str) -> Iterator[None]:
+        """Freeze what is mounted from the device, hold and drain its I/O, flush.
+
+        If this process dies meanwhile, the engine process notices and undoes all of it.  A failure
+        to resume is raised even where the body failed too, with the body's error as its context.
+        """
+        from devmapper.engine.embedded import freezing
+        from devmapper.linux import blockdev
+
+        with ExitStack() as stack:
+            stack.enter_context(
+                runtime.device_lock(
+                    self._paths, name, part=runtime.SUSPENSION, timeout=_LOCK_SECONDS
+                )
+            )
+            info = self.info(name)
+            if info is None:
+                yield
+                return
+            if info.state is not Activation.ACTIVE:
+                next_state(name, info.state, Event.SUSPEND)
+            points = freezing.mount_points(info.path)
+            connection = stack.enter_context(self._connection())
+            announced = [os.fspath(point.path) for point in points]
+            _converse(connection, "announce", mount_points=announced)
+            stack.callback(_withdraw, connection)
+            stack.enter_context(freezing.frozen(points))
+            blockdev.flush(info.path)  # what programs have written to the bare device
+            _converse(connection, "suspend", name=name)
+            stack.callback(_converse, connection, "resume")
+            yield
+
+    def discard_device(self, name: str) -> None:
+        """BLKDISCARD over the whole of the device; ENXIO if it is not active."""
+        import errno
+
+        from devmapper.linux import blockdev
+
+        info = self.info(name)
+        if info is None:
+            raise OSError(errno.ENXIO, "device is not active", name)
+        blockdev.discard(info.path)
+
+    def stop(self) -> None:
+        """Deactivate what nobody uses and end the engine process; called with the start lock held.
+
+        `ThinBusy` if a device is in use; nothing was changed then.
+        """
+        identity = runtime.read_pid(self._paths)
+        for device in self.devices():
+            if device.open_count:
+                raise _busy(device.name, device.path)
+        for entry in self._all_exported():
+            self.deactivate(entry.name)
+        self._order("stop")
+        if identity is not None and not identity.wait(_END_SECONDS):
+            raise EngineError(
+                f"engine process {identity.pid} has closed its pool but does not end",
+                hint=f"see {self._paths.log}",
+            )
+
+    def _defer(self, name: str, node: Path) -> Outcome:
+        from devmapper.linux import loop
+
+        outcome = self._ask(Outcome, "defer", name=name)
+        if loop.detach(node, deferred=True) is not loop.Detached.DEFERRED:
+            self._ask(Outcome, "deactivate", name=name)
+        return outcome
+
+    def _exported(self, name: str) -> ExportedDevice | None:
+        return next((entry for entry in self._all_exported() if entry.name == name), None)
+
+    def _all_exported(self) -> list[ExportedDevice]:
+        return self._ask(list[ExportedDevice], "devices")
+
+    def _info(self, entry: ExportedDevice) -> DeviceInfo | None:
+        from devmapper.engine.embedded import attachment
+
+        try:
+            node = attachment.find(self._paths.exported(entry.name))
+        except FileNotFoundError:
+            return None  # its last user has just closed it
+        if node is None:
+            return None
+        users = attachment.users(node)
+        return DeviceInfo(entry.name, entry.thin_id, entry.size, node, entry.state, users)
+
+    def _connection(self) -> socket.socket:
+        try:
+            connection = runtime.connect(self._paths, _CONNECT_SECONDS)
+        except (FileNotFoundError, ConnectionRefusedError) as err:
+            raise EngineError(
+                f"pool {self.name!r} has no engine process any more",
+                hint="the next command that needs the pool starts one",
+            ) from err
+        connection.settimeout(_ANSWER_SECONDS)
+        return connection
+
+    def _ask(self, kind: type[T], op: str, **args: object) -> T:
+        with self._connection() as connection:
+            return protocol.unpack(kind, _converse(connection, op, **args))
+
+    def _order(self, op: str, **args: object) -> None:
+        with self._connection() as connection:
+            _converse(connection, op, **args)
+
+
+class EmbeddedEngine:
+    """Pools in user space; implements `devmapper.engine.port.Engine`."""
+
+    def features(self) -> EngineFeatures:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            own = version("devmapper")
+        except PackageNotFoundError:
+            own = "unknown"
+        return EngineFeatures(
+            name="embedded",
+            library_version=f"{own} (embedded)",
+            driver_version=own,
+            udev_sync=False,
+            udev_sync_needed=False,
+            deferred_removal=True,
+        )
+
+    def find_pool(self, name: str) -> EmbeddedPoolClient | None:
+        """The pool if an engine process holds it and answers."""
+        paths = runtime.paths_of(name)
+        try:
+            runtime.connect(paths, _CONNECT_SECONDS).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        return EmbeddedPoolClient(paths)
+
+    def activate_pool(self, name: str, table: PoolTable) -> EmbeddedPoolClient:
+        """The pool, held by an engine process, which is started if there is none.
+
+        What a killed engine process left is cleared first.  `PoolMismatch` if the pool is active
+        with other devices or sizes.
+        """
+        wanted = _absolute(table)
+        if (pool := self.find_pool(name)) is not None:
+            _check_table(name, pool.table(), wanted)
+            return pool
+        from devmapper.engine.embedded import leftovers, requirements, starting
+
+        requirements.check()
+        paths = runtime.paths_of(name)
+        with runtime.start_lock(paths, _LOCK_SECONDS) as lock_fd:
+            if (pool := self.find_pool(name)) is not None:
+                _check_table(name, pool.table(), wanted)
+                return pool
+            starting.await_end(paths, _END_SECONDS)
+            leftovers.clear(paths)
+            runtime.make_directories(paths)
+            starting.start(paths, wanted, lock_fd)
+        return EmbeddedPoolClient(paths)
+
+    def deactivate_pool(self, name: str) -> Outcome:
+        """Stop the engine process: I/O drained, committed, loop devices and FUSE mount gone.
+
+        Devices that nobody uses are deactivated with it; `ThinBusy` if one is in use.
+        """
+        from devmapper.engine.embedded import leftovers, starting
+
+        paths = runtime.paths_of(name)
+        if not paths.directory.parent.is_dir():
+            return Outcome.ALREADY
+        with runtime.start_lock(paths, _LOCK_SECONDS):
+            pool = self.find_pool(name)
+            if pool is not None:
+                pool.stop()
+            starting.await_end(paths, _END_SECONDS)
+            leftovers.clear(paths)
+        return Outcome.ALREADY if pool is None else Outcome.DONE
+
+
+def _converse(connection: socket.socket, op: str, **args: object) -> object:
+    """One request and its reply; an error of the engine process is raised here."""
+    request = {
+        "version": protocol.VERSION,
+        "op": op,
+        "args": {key: protocol.pack(value) for key, value in args.items()},
+    }
+    try:
+        protocol.send(connection, request)
+        reply = protocol.receive(connection)
+    except TimeoutError as err:
+        raise EngineError(f"engine process does not answer {op!r}") from err
+    except (BrokenPipeError, ConnectionResetError) as err:
+        raise protocol.Disconnected(f"engine process ended before it answered {op!r}") from err
+    if (error := reply.get("error")) is not None:
+        raise protocol.unpack_error(error)
+    return reply.get("value")
+
+
+def _withdraw(connection: socket.socket) -> None:
+    # Where the engine process is gone, nobody is left who would thaw what we have thawed
+    with suppress(EngineError):
+        _converse(connection, "withdraw")
+
+
+def _busy(name: str, node: Path) -> ThinBusy:
+    from devmapper.linux.holders import holders
+
+    return ThinBusy(name, holders(node))
+
+
+def _absolute(table: PoolTable) -> PoolTable:
+    """The engine process has another working directory."""
+    return table._replace(
+        metadata_device=Path(os.path.realpath(table.metadata_device)),
+        data_device=Path(os.path.realpath(table.data_device)),
+    )
+
+
+def _check_table(name: str, active: PoolTable, wanted: PoolTable) -> None:
+    for field in ("metadata_device", "data_device", "data_size", "block_size", "read_only"):
+        found, expected = getattr(active, field), getattr(wanted, field)
+        if found != expected:
+            raise PoolMismatch(
+                f"pool {name!r} is active with {field} {str(found)!r}, expected {str(expected)!r}",
+                hint="stop its engine first: devmapper engine stop",
+            )

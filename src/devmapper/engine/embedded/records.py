@@ -1,0 +1,16 @@
+"""Values that the engine process and its clients exchange beside those of the port."""
+
+from typing import NamedTuple
+
+from devmapper.engine.port import Activation
+from devmapper.units import Bytes, ThinId
+
+
+class ExportedDevice(NamedTuple):
+    """What the engine process knows of an activated device."""
+
+    name: str
+    thin_id: ThinId
+    size: Bytes
+    state: Activation
+    open_count: int  # of the file on the export: its loop device, as a rule
