@@ -10,9 +10,10 @@ in the package knows an offset, a size or a salt.
 
 import sys
 from array import array
+from collections.abc import Iterable
 from enum import IntFlag
 from struct import Struct
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
 from devmapper.errors import FormatError
 from devmapper.units import SECTOR_SIZE, Bytes, Sectors, TransactionId
@@ -252,6 +253,11 @@ def unpack_mapping(packed: int) -> Mapping:
     return Mapping(packed >> _TIME_BITS, packed & MAX_TIME)
 
 
+def data_blocks(packed: Iterable[int]) -> list[int]:
+    """The data blocks of packed mappings."""
+    return [value >> _TIME_BITS for value in packed]
+
+
 class NodeFlags(IntFlag):
     """A node is exactly one of them."""
 
@@ -266,6 +272,7 @@ U64_SIZE: Final = 8
 REF_COUNT_SIZE: Final = 4
 MAPPING_SIZE: Final = U64_SIZE
 DEVICE_DETAILS_SIZE: Final = _DEVICE_DETAILS.size
+UNMAPPED: Final = (1 << 64) - 1  # no packed mapping: a data block has 40 bits, and not all ones
 MAX_BTREE_DEPTH: Final = 17  # of 2**64 keys, with nodes a third full; more is a loop
 
 
@@ -298,8 +305,8 @@ class NodeHeader(NamedTuple):
         if not self.is_leaf and self.value_size != U64_SIZE:
             raise FormatError(block, "value_size", want=U64_SIZE, got=self.value_size)
         fits = (BLOCK_SIZE - NODE_HEADER_SIZE) // (KEY_SIZE + self.value_size)
-        if self.max_entries > fits:
-            raise FormatError(block, "max_entries", want=f"at most {fits}", got=self.max_entries)
+        if not 3 <= self.max_entries <= fits:
+            raise FormatError(block, "max_entries", want=f"3 to {fits}", got=self.max_entries)
         if self.nr_entries > self.max_entries:
             want = f"at most {self.max_entries}"
             raise FormatError(block, "nr_entries", want=want, got=self.nr_entries)
@@ -317,13 +324,30 @@ def min_entries(limit: int) -> int:
 
 def unpack_u64s(raw: bytes | memoryview) -> "array[int]":
     """Little-endian 64-bit integers, whatever the host is."""
-    numbers = array("Q", bytes(raw))
+    return _unpack_array("Q", raw)
+
+
+def pack_u64s(numbers: "array[int]") -> bytes:
+    return _pack_array(numbers)
+
+
+def unpack_u32s(raw: bytes | memoryview) -> "array[int]":
+    """Little-endian 32-bit integers, whatever the host is."""
+    return _unpack_array("I", raw)
+
+
+def pack_u32s(numbers: "array[int]") -> bytes:
+    return _pack_array(numbers)
+
+
+def _unpack_array(code: Literal["I", "Q"], raw: bytes | memoryview) -> "array[int]":
+    numbers = array(code, bytes(raw))
     if _HOST_IS_BIG_ENDIAN:
         numbers.byteswap()
     return numbers
 
 
-def pack_u64s(numbers: "array[int]") -> bytes:
+def _pack_array(numbers: "array[int]") -> bytes:
     if _HOST_IS_BIG_ENDIAN:
         numbers = numbers[:]
         numbers.byteswap()

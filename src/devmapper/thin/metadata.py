@@ -1,0 +1,689 @@
+"""Pool metadata: thin devices, their mappings and the pool's data blocks, in transactions.
+
+The counterpart of the kernel's `dm-thin-metadata.c`.  Every change belongs to a transaction, which
+`commit` makes durable as a whole and `abort` undoes as a whole.
+
+Not thread-safe: the caller serialises.  A method that raises `PoolFull`, a `ThinIdError`,
+`TransactionConflict` or `PoolUnusable` has changed nothing.  After any other error in a method
+that changes something, the transaction can only be aborted.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, Self
+
+from devmapper.errors import (
+    FormatError,
+    PoolFull,
+    PoolMismatch,
+    PoolUnusable,
+    Space,
+    ThinIdExists,
+    ThinIdMissing,
+    TransactionConflict,
+)
+from devmapper.thin import checksum
+from devmapper.thin import format as layout
+from devmapper.thin.blocks import MetadataDevice
+from devmapper.thin.btree import Btree
+from devmapper.thin.format import (
+    DeviceDetails,
+    Mapping,
+    SpaceMapRoot,
+    Superblock,
+    SuperblockFlags,
+    data_blocks,
+    pack_mapping,
+    unpack_mapping,
+)
+from devmapper.thin.node import DEVICE_DETAILS, U64, Values
+from devmapper.thin.space_map import DataSpaceMap, MetadataSpaceMap, Run
+from devmapper.thin.transaction_manager import DEFAULT_CACHE_BLOCKS, TransactionManager
+from devmapper.units import Bytes, ThinId, TransactionId, sectors
+
+_MAX_RESERVE: Final = 1024  # as the kernel's: 4 MiB
+_KNOWN_ROOTS: Final = 4096  # roots of mapping trees remembered for lookups
+_PATH: Final = 8  # blocks that a change of one path takes at most, splits and siblings included
+_PER_LEAF: Final = 80  # entries that a leaf holds at least, with a margin
+_OVERFLOW_BATCH: Final = 32
+_NONE_MAPPED: Final = array("Q", (layout.UNMAPPED,))
+
+
+class _DataBlocks:
+    """References from a bottom mapping tree to data blocks."""
+
+    def __init__(self, space_map: DataSpaceMap) -> None:
+        self._space_map = space_map
+
+    def inc(self, values: Values) -> None:
+        self._space_map.inc_many(data_blocks(values))
+
+    def dec(self, values: Values) -> None:
+        self._space_map.dec_many(data_blocks(values))
+
+    def replace(self, old: Values, new: Values) -> None:
+        # The time alone may differ; then the block keeps its reference (`data_block_equal`).
+        pairs = zip(data_blocks(old), data_blocks(new), strict=True)
+        self._space_map.dec_many([was for was, now in pairs if was != now])
+
+
+class _Subtrees:
+    """References from the top mapping tree to bottom ones."""
+
+    def __init__(self, tm: TransactionManager, mappings: Btree[int]) -> None:
+        self._tm = tm
+        self._mappings = mappings
+
+    def inc(self, values: Values) -> None:
+        self._tm.counts.inc_many(values)
+
+    def dec(self, values: Values) -> None:
+        for root in values:
+            self._mappings.delete(root)
+
+    def replace(self, old: Values, new: Values) -> None:
+        """Whoever changes a bottom tree has already let go of its old root."""
+
+
+def is_blank(device: MetadataDevice) -> bool:
+    """Whether there is no pool yet: the first block holds nothing but zeros, as in the kernel."""
+    return device.nr_blocks > 0 and device.read(layout.SUPERBLOCK_LOCATION) == layout.ZERO_BLOCK
+
+
+def read_superblock(device: MetadataDevice) -> Superblock:
+    """The superblock, checked as far as it can be without reading on."""
+    location = layout.SUPERBLOCK_LOCATION
+    raw = device.read(location)
+    superblock = Superblock.unpack(raw)
+    if superblock.magic != layout.MAGIC:
+        raise FormatError(location, "magic", want=layout.MAGIC, got=superblock.magic)
+    checksum.check_block(raw, layout.SUPERBLOCK, location)
+    if not layout.MIN_VERSION <= superblock.version <= layout.VERSION:
+        raise FormatError(location, "version", want=layout.VERSION, got=superblock.version)
+    if superblock.incompat_flags & ~layout.INCOMPAT_SUPPORTED:
+        raise FormatError(
+            location,
+            "incompat_flags",
+            want=layout.INCOMPAT_SUPPORTED,
+            got=superblock.incompat_flags,
+        )
+    if superblock.metadata_block_size != layout.BLOCK_SECTORS:
+        raise FormatError(
+            location,
+            "metadata_block_size",
+            want=layout.BLOCK_SECTORS,
+            got=superblock.metadata_block_size,
+        )
+    return superblock
+
+
+class PoolMetadata:
+    """One open pool; `open` and `format` make it, `close` lets go of the device uncommitted."""
+
+    def __init__(
+        self, device: MetadataDevice, *, read_only: bool, cache_blocks: int = DEFAULT_CACHE_BLOCKS
+    ) -> None:
+        self._device = device
+        self._read_only = read_only
+        self._tm = TransactionManager(device, cache_blocks=cache_blocks)
+        self._aborting_only = False
+        self._doubtful = False  # a superblock was written, but it may not have arrived
+        self._changed = False
+        self._details: dict[int, DeviceDetails] = {}
+        self._roots: dict[int, int] = {}  # known for lookups
+        self._owned: set[int] = set()  # thin ids whose root is ours to change in this transaction
+        self._committed: Superblock
+        self._superblock: Superblock
+        self._data: DataSpaceMap
+        self._metadata: MetadataSpaceMap
+
+    @classmethod
+    def format(
+        cls, device: MetadataDevice, *, data_block_size: Bytes, nr_data_blocks: int
+    ) -> "PoolMetadata":
+        """Write the metadata of an empty pool; whatever the device held is lost."""
+        self = cls(device, read_only=False)
+        nr_blocks = min(device.nr_blocks, layout.MAX_METADATA_BLOCKS)
+        self._metadata = MetadataSpaceMap.create(self._tm, nr_blocks)
+        self._data = DataSpaceMap.create(self._tm, nr_data_blocks)
+        self._make_trees()
+        unused = bytes(layout.SPACE_MAP_ROOT_SIZE)
+        self._committed = self._superblock = Superblock(
+            csum=0,
+            flags=0,
+            blocknr=layout.SUPERBLOCK_LOCATION,
+            uuid=bytes(layout.UUID_SIZE),
+            magic=layout.MAGIC,
+            version=layout.VERSION,
+            time=0,
+            trans_id=TransactionId(0),
+            held_root=0,
+            data_space_map_root=unused,
+            metadata_space_map_root=unused,
+            data_mapping_root=self._devices.create(),
+            device_details_root=self._details_tree.create(),
+            data_block_size=sectors(data_block_size),
+            metadata_block_size=sectors(Bytes(layout.BLOCK_SIZE)),
+            metadata_nr_blocks=nr_blocks,
+            compat_flags=0,
+            compat_ro_flags=0,
+            incompat_flags=0,
+        )
+        self._changed = True
+        self.commit()
+        return self
+
+    @classmethod
+    def open(
+        cls,
+        device: MetadataDevice,
+        *,
+        data_block_size: Bytes | None = None,
+        read_only: bool = False,
+        cache_blocks: int = DEFAULT_CACHE_BLOCKS,
+    ) -> "PoolMetadata":
+        """Open a pool at its last commit; `PoolMismatch` if its blocks have another size."""
+        self = cls(device, read_only=read_only, cache_blocks=cache_blocks)
+        superblock = read_superblock(device)
+        if data_block_size is not None and superblock.block_size != data_block_size:
+            raise PoolMismatch(
+                f"data blocks of the pool have {superblock.block_size} bytes,"
+                f" but {data_block_size} were asked for"
+            )
+        if superblock.compat_ro_flags & ~layout.COMPAT_RO_SUPPORTED and not read_only:
+            raise FormatError(
+                layout.SUPERBLOCK_LOCATION,
+                "compat_ro_flags",
+                want=layout.COMPAT_RO_SUPPORTED,
+                got=superblock.compat_ro_flags,
+            )
+        self._load(superblock)
+        return self
+
+    def _load(self, superblock: Superblock) -> None:
+        self._committed = self._superblock = superblock
+        metadata_root = SpaceMapRoot.unpack(superblock.metadata_space_map_root)
+        if metadata_root.nr_blocks > self._device.nr_blocks:
+            raise PoolMismatch(
+                f"metadata device has {self._device.nr_blocks} blocks,"
+                f" but the pool uses {metadata_root.nr_blocks}"
+            )
+        self._metadata = MetadataSpaceMap.open(self._tm, metadata_root)
+        self._data = DataSpaceMap.open(
+            self._tm, SpaceMapRoot.unpack(superblock.data_space_map_root)
+        )
+        self._make_trees()
+
+    def _make_trees(self) -> None:
+        self._mappings = Btree[int](self._tm, U64, _DataBlocks(self._data))
+        self._devices = Btree[int](self._tm, U64, _Subtrees(self._tm, self._mappings))
+        self._details_tree = Btree[bytes](self._tm, DEVICE_DETAILS)
+
+    def close(self) -> None:
+        """Close the device; what was not committed is lost, as in a crash."""
+        self._device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The pool
+
+    @property
+    def superblock(self) -> Superblock:
+        """As of the last commit."""
+        return self._committed
+
+    @property
+    def transaction_id(self) -> TransactionId:
+        return self._superblock.trans_id
+
+    @property
+    def time(self) -> int:
+        return self._superblock.time
+
+    @property
+    def data_block_size(self) -> Bytes:
+        return self._superblock.block_size
+
+    @property
+    def nr_data_blocks(self) -> int:
+        return self._data.nr_blocks
+
+    @property
+    def nr_free_data_blocks(self) -> int:
+        """Without a reference; some may have to be committed or released before they are used."""
+        return self._data.nr_free
+
+    @property
+    def nr_allocatable_data_blocks(self) -> int:
+        return self._data.nr_allocatable
+
+    @property
+    def nr_metadata_blocks(self) -> int:
+        return self._metadata.nr_blocks
+
+    @property
+    def nr_free_metadata_blocks(self) -> int:
+        return self._metadata.nr_free
+
+    @property
+    def metadata_reserve(self) -> int:
+        """Free metadata blocks that only deleting and committing may use."""
+        return min(_MAX_RESERVE, self._metadata.nr_blocks // 10)
+
+    @property
+    def held_root(self) -> int | None:
+        """Block of the metadata snap."""
+        return self._superblock.held_root or None
+
+    @property
+    def needs_check(self) -> bool:
+        return self._superblock.needs_check
+
+    @property
+    def changed(self) -> bool:
+        """Is there anything to commit?"""
+        return self._changed
+
+    def set_transaction_id(self, expected: TransactionId, new: TransactionId) -> None:
+        if self.transaction_id != expected:
+            raise TransactionConflict(self.transaction_id, expected)
+        with self._change(0):
+            self._superblock = self._superblock._replace(trans_id=new)
+
+    def set_needs_check(self, *, needs_check: bool) -> None:
+        """Write the flag at once, apart from the transaction, which may have failed."""
+        self._refuse_if_read_only()
+        flags = SuperblockFlags.NEEDS_CHECK if needs_check else SuperblockFlags(0)
+        self._write_superblock(self._committed._replace(flags=flags))
+        self._superblock = self._superblock._replace(flags=flags)
+
+    def resize_data(self, nr_blocks: int) -> None:
+        """Have *nr_blocks* data blocks from now on; `PoolMismatch` if that is less than before."""
+        if nr_blocks < self._data.nr_blocks:
+            raise PoolMismatch(
+                f"pool has {self._data.nr_blocks} data blocks and cannot shrink to {nr_blocks}"
+            )
+        more = nr_blocks // layout.ENTRIES_PER_BITMAP + 1 - self._data.nr_bitmaps
+        with self._change(more + more // 50 + _PATH):
+            self._data.grow(nr_blocks)
+
+    def resize_metadata(self, nr_blocks: int) -> None:
+        """Use *nr_blocks* of the metadata device, which has grown; more than the cap is cut."""
+        nr_blocks = min(nr_blocks, layout.MAX_METADATA_BLOCKS)
+        if not self._metadata.nr_blocks <= nr_blocks <= self._device.nr_blocks:
+            raise PoolMismatch(
+                f"pool uses {self._metadata.nr_blocks} of {self._device.nr_blocks} metadata"
+                f" blocks, {nr_blocks} is not between them"
+            )
+        # Needs no room beforehand: it makes what it needs.
+        with self._change(None):
+            self._metadata.grow(nr_blocks)
+
+    def reserve_metadata_snap(self) -> list[Run]:
+        """Commit, then keep what is committed as the metadata snap.
+
+        Return the freed runs of that commit.  The metadata snap itself is durable at the next one.
+        """
+        if self.held_root is not None:
+            raise PoolMismatch("pool already has a metadata snap")
+        freed = self.commit()
+        with self._change(_PATH):
+            counts = self._tm.counts
+            unused = bytes(layout.SPACE_MAP_ROOT_SIZE)
+            block = self._tm.allocate()
+            copy = self._committed._replace(
+                blocknr=block, data_space_map_root=unused, metadata_space_map_root=unused
+            )
+            self._tm.write_block(block, layout.SUPERBLOCK, copy.pack())
+            counts.inc(copy.data_mapping_root)
+            counts.inc(copy.device_details_root)
+            self._superblock = self._superblock._replace(held_root=block)
+        return freed
+
+    def release_metadata_snap(self) -> None:
+        held = self.held_root
+        if held is None:
+            raise PoolMismatch("pool has no metadata snap")
+        raw = self._tm.read_block(held)
+        checksum.check_block(raw, layout.SUPERBLOCK, held)
+        copy = Superblock.unpack(raw)
+        with self._change(self._delete_cost(self._data.nr_allocated), reserve=0):
+            self._devices.delete(copy.data_mapping_root)
+            self._details_tree.delete(copy.device_details_root)
+            self._tm.dec(held)
+            self._superblock = self._superblock._replace(held_root=0)
+
+    # Thin devices
+
+    def thin_ids(self) -> list[ThinId]:
+        """All thin ids, ascending."""
+        known = set(self._details)
+        for keys, _ in self._details_tree.leaves(self._superblock.device_details_root):
+            known.update(keys)
+        return [ThinId(thin_id) for thin_id in sorted(known)]
+
+    def details(self, thin_id: ThinId) -> DeviceDetails:
+        details = self._find_details(thin_id)
+        if details is None:
+            raise ThinIdMissing(thin_id)
+        return details
+
+    def create_thin(self, thin_id: ThinId) -> None:
+        if self._find_details(thin_id) is not None:
+            raise ThinIdExists(thin_id)
+        with self._change(2 * _PATH):
+            self._add_thin(thin_id, self._mappings.create())
+            self._details[thin_id] = self._new_details()
+
+    def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
+        """Let *thin_id* have what *origin* has; from now on both copy before they write."""
+        if self._find_details(thin_id) is not None:
+            raise ThinIdExists(thin_id)
+        origin_details = self.details(origin)
+        with self._change(3 * _PATH):
+            root = self._root(origin)
+            self._tm.counts.inc(root)
+            self._owned.discard(origin)
+            self._write_root(origin, root)
+            self._add_thin(thin_id, root)
+            time = self.time + 1
+            self._superblock = self._superblock._replace(time=time)
+            self._details[origin] = origin_details._replace(snapshotted_time=time)
+            self._details[thin_id] = self._new_details()._replace(
+                mapped_blocks=origin_details.mapped_blocks
+            )
+
+    def delete(self, thin_id: ThinId) -> None:
+        details = self.details(thin_id)
+        root = self._root(thin_id)
+        with self._change(self._delete_cost(details.mapped_blocks), reserve=0):
+            self._flush_details()
+            if thin_id in self._owned:
+                self._write_root(thin_id, root)
+            self._owned.discard(thin_id)
+            self._roots.pop(thin_id, None)
+            sb = self._superblock
+            # The tree lets go of the bottom root itself, after the path to it is unshared.
+            devices = self._devices.remove_range(sb.data_mapping_root, thin_id, thin_id + 1).root
+            listed = self._details_tree.remove_range(
+                sb.device_details_root, thin_id, thin_id + 1
+            ).root
+            self._superblock = sb._replace(data_mapping_root=devices, device_details_root=listed)
+
+    # Mappings
+
+    def find(self, thin_id: ThinId, block: int) -> Mapping | None:
+        packed = self._mappings.lookup(self._root(thin_id), block)
+        return None if packed is None else unpack_mapping(packed)
+
+    def find_packed(
+        self, thin_id: ThinId, begin: int, end: int
+    ) -> Iterator[tuple["array[int]", Sequence[int]]]:
+        """Mapped blocks from *begin* until before *end* with their packed mappings, by leaf."""
+        for keys, values in self._mappings.leaves(self._root(thin_id), begin, end):
+            yield keys, values
+            self._tm.trim()
+
+    def find_range(self, thin_id: ThinId, begin: int, end: int) -> Iterator[tuple[int, Mapping]]:
+        for keys, values in self.find_packed(thin_id, begin, end):
+            yield from zip(keys, map(unpack_mapping, values), strict=True)
+
+    def packed_range(self, thin_id: ThinId, begin: int, length: int) -> "array[int]":
+        """Packed mappings of *length* blocks; `format.UNMAPPED` where there is none."""
+        packed = _NONE_MAPPED * length
+        for keys, values in self.find_packed(thin_id, begin, begin + length):
+            first = keys[0] - begin
+            if keys[-1] - keys[0] == len(keys) - 1:
+                packed[first : first + len(keys)] = array("Q", values)
+                continue
+            for key, value in zip(keys, values, strict=True):
+                packed[key - begin] = value
+        return packed
+
+    def is_shared(self, thin_id: ThinId, mapping: Mapping) -> bool:
+        """May another thin device refer to the block: has it been snapshotted since?"""
+        return self.details(thin_id).snapshotted_time > mapping.time
+
+    def insert(self, thin_id: ThinId, block: int, data_block: int) -> None:
+        """Map *block* to *data_block*, whose reference passes to the mapping."""
+        self.insert_many(thin_id, ((block, data_block),))
+
+    def insert_many(self, thin_id: ThinId, blocks: Sequence[tuple[int, int]]) -> None:
+        """Map ascending blocks to data blocks; data blocks that are replaced lose a reference."""
+        details = self.details(thin_id)
+        if not blocks:
+            return
+        time = self.time
+        keys = array("Q", [block for block, _ in blocks])
+        values = array("Q", [pack_mapping(data_block, time) for _, data_block in blocks])
+        cost = 3 * _PATH + len(keys) // _PER_LEAF
+        if len(keys) > 1:
+            root = self._root(thin_id)
+            cost += min(len(keys), self._mappings.count_leaves(root, keys[0], keys[-1] + 1))
+        with self._change(cost):
+            inserted = self._mappings.insert_many(self._own_root(thin_id), keys, values)
+            self._roots[thin_id] = inserted.root
+            mapped = details.mapped_blocks + inserted.added
+            self._details[thin_id] = details._replace(mapped_blocks=mapped)
+
+    def remove(self, thin_id: ThinId, block: int) -> bool:
+        """Unmap one block; False if it was not mapped."""
+        return bool(self.remove_range(thin_id, block, block + 1))
+
+    def remove_range(self, thin_id: ThinId, begin: int, end: int) -> int:
+        """Unmap every block from *begin* until before *end*; return how many were mapped."""
+        details = self.details(thin_id)
+        root = self._root(thin_id)
+        if next(self._mappings.leaves(root, begin, end), None) is None:
+            return 0
+        most = min(details.mapped_blocks, end - begin)
+        with self._change(2 * _PATH + self._delete_cost(most), reserve=0):
+            left = self._mappings.remove_range(self._own_root(thin_id), begin, end)
+            self._roots[thin_id] = left.root
+            mapped = details.mapped_blocks - left.removed
+            self._details[thin_id] = details._replace(mapped_blocks=mapped)
+        return left.removed
+
+    def mapped_blocks(self, thin_id: ThinId) -> int:
+        return self.details(thin_id).mapped_blocks
+
+    def highest_mapped_block(self, thin_id: ThinId) -> int | None:
+        return self._mappings.last_key(self._root(thin_id))
+
+    # Data blocks
+
+    def allocate_data_block(self) -> int:
+        """Take a free data block; it has one reference, which the next `insert` takes over."""
+        with self._change(0):
+            return self._data.allocate()
+
+    def allocate_data_blocks(self, length: int) -> list[int]:
+        """Take *length* free data blocks, ascending, contiguous where that is possible."""
+        with self._change(length // layout.ENTRIES_PER_BITMAP + 1):
+            return self._data.allocate_many(length)
+
+    def data_ref_count(self, data_block: int) -> int:
+        return self._data.count(data_block)
+
+    def inc_data_block(self, data_block: int) -> None:
+        with self._change(0):
+            self._data.inc(data_block)
+
+    def dec_data_block(self, data_block: int) -> None:
+        with self._change(0, reserve=0):
+            self._data.dec(data_block)
+
+    def release_data_blocks(self, runs: Sequence[Run]) -> None:
+        """Blocks that a commit reported as freed may be allocated from now on."""
+        self._data.release(runs)
+
+    # Transactions
+
+    def commit(self) -> list[Run]:
+        """Make the transaction durable; return the runs of data blocks that it freed.
+
+        They stay out of use until `release_data_blocks`.
+        """
+        if not self._changed:
+            return []
+        self._refuse_if_read_only()
+        if self._aborting_only:
+            raise PoolUnusable("fail", "an operation failed half-way; abort the transaction")
+        with self._half_done_on_error():
+            self._flush_details()
+            self._flush_roots()
+            data_root = self._data.flush()
+            metadata_root = self._metadata.flush()
+            superblock = self._superblock._replace(
+                data_space_map_root=data_root.pack(), metadata_space_map_root=metadata_root.pack()
+            )
+            self._tm.write_back()
+            self._write_superblock(superblock)
+        self._superblock = self._committed
+        self._owned.clear()
+        self._tm.committed()
+        self._metadata.committed()
+        freed = self._data.committed()
+        self._changed = False
+        self._trim()
+        return freed
+
+    def abort(self) -> None:
+        """Go back to the last commit; blocks not yet released stay held back."""
+        if self._doubtful:
+            # Either version is whole; the next transaction must know which one it builds on.
+            self._write_superblock(self._committed)
+        held = self._data.held()
+        self._tm.abort()
+        self._details.clear()
+        self._roots.clear()
+        self._owned.clear()
+        self._load(self._committed)
+        self._data.hold(held)
+        self._changed = self._aborting_only = False
+
+    @contextmanager
+    def _change(self, cost: int | None, *, reserve: int | None = None) -> Iterator[None]:
+        """Enter a change that takes *cost* metadata blocks at most (None: it brings its own).
+
+        `PoolFull` unless they, what a commit takes and the reserve are free.
+        """
+        self._refuse_if_read_only()
+        if self._aborting_only:
+            raise PoolUnusable("fail", "an operation failed half-way; abort the transaction")
+        with self._half_done_on_error():
+            self._trim()
+        if cost is not None:
+            needed = cost + self._commit_cost()
+            needed += self.metadata_reserve if reserve is None else reserve
+            if needed > self._metadata.nr_allocatable:
+                raise PoolFull(Space.METADATA, free=self._metadata.nr_allocatable, needed=needed)
+        with self._half_done_on_error():
+            yield
+        self._changed = True
+
+    @contextmanager
+    def _half_done_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except PoolFull as err:
+            # Data space is asked for before anything else is done.
+            self._aborting_only = err.kind is Space.METADATA
+            raise
+        except BaseException:
+            self._aborting_only = self._changed = True
+            raise
+
+    def _refuse_if_read_only(self) -> None:
+        if self._read_only:
+            raise PoolUnusable("ro", "it was opened read-only")
+
+    def _trim(self) -> None:
+        if self._data.nr_overflow_changes > _OVERFLOW_BATCH:
+            self._data.flush_overflow()
+        if self._metadata.nr_overflow_changes > _OVERFLOW_BATCH:
+            self._metadata.flush_overflow()
+        self._tm.trim()
+        self._data.trim()
+
+    def _commit_cost(self) -> int:
+        trees = 2 * _PATH + len(self._details) + len(self._owned)
+        return trees + self._data.flush_cost(1) + self._metadata.flush_cost()
+
+    def _delete_cost(self, mapped: int) -> int:
+        """What letting go of *mapped* mappings takes: counts and bitmaps of data blocks."""
+        overflow = self._data.overflow_cost(mapped) if mapped else 0
+        return 3 * _PATH + overflow + self._data.flush_cost(mapped) - self._data.flush_cost()
+
+    def _write_superblock(self, superblock: Superblock) -> None:
+        raw = checksum.seal(superblock.pack(), layout.SUPERBLOCK)
+        self._doubtful = True
+        self._device.write(layout.SUPERBLOCK_LOCATION, raw)
+        self._device.flush()
+        self._doubtful = False
+        self._committed = Superblock.unpack(raw)
+
+    # Thin devices in memory: changed details, and roots that are written when they are needed
+
+    def _new_details(self) -> DeviceDetails:
+        return DeviceDetails(0, self.transaction_id, self.time, self.time)
+
+    def _find_details(self, thin_id: int) -> DeviceDetails | None:
+        details = self._details.get(thin_id)
+        if details is None:
+            raw = self._details_tree.lookup(self._superblock.device_details_root, thin_id)
+            details = None if raw is None else DeviceDetails.unpack(raw)
+        return details
+
+    def _flush_details(self) -> None:
+        ids = sorted(self._details)
+        packed = [self._details[thin_id].pack() for thin_id in ids]
+        root = self._details_tree.insert_many(
+            self._superblock.device_details_root, ids, packed
+        ).root
+        self._superblock = self._superblock._replace(device_details_root=root)
+        self._details.clear()
+
+    def _root(self, thin_id: int) -> int:
+        root = self._roots.get(thin_id)
+        if root is None:
+            root = self._devices.lookup(self._superblock.data_mapping_root, thin_id)
+            if root is None:
+                raise ThinIdMissing(thin_id)
+            if len(self._roots) > _KNOWN_ROOTS:
+                self._roots = {owned: self._roots[owned] for owned in self._owned}
+            self._roots[thin_id] = root
+        return root
+
+    def _own_root(self, thin_id: int) -> int:
+        """The root of a bottom tree that is about to change.
+
+        The path to it is unshared first: while a metadata snap shares a node of the top tree, the
+        bottom trees below it have one reference too few for the eyes of `shadow`.
+        """
+        if thin_id not in self._owned:
+            path = self._devices.own_path(self._superblock.data_mapping_root, thin_id)
+            self._superblock = self._superblock._replace(data_mapping_root=path)
+            self._owned.add(thin_id)
+        return self._root(thin_id)
+
+    def _add_thin(self, thin_id: int, root: int) -> None:
+        self._write_root(thin_id, root)
+        self._roots[thin_id] = root
+
+    def _write_root(self, thin_id: int, root: int) -> None:
+        devices = self._devices.insert(self._superblock.data_mapping_root, thin_id, root).root
+        self._superblock = self._superblock._replace(data_mapping_root=devices)
+
+    def _flush_roots(self) -> None:
+        ids = sorted(self._owned)
+        roots = array("Q", [self._roots[thin_id] for thin_id in ids])
+        devices = self._devices.insert_many(
+            self._superblock.data_mapping_root, array("Q", ids), roots
+        ).root
+        self._superblock = self._superblock._replace(data_mapping_root=devices)
