@@ -6,7 +6,6 @@ the layer.
 """
 
 import errno
-import logging
 import os
 import secrets
 import stat
@@ -18,14 +17,13 @@ from typing import BinaryIO, Final, NamedTuple, NoReturn, Self
 from devmapper.errors import ArchiveError
 from devmapper.layerdiff import tarformat
 from devmapper.layerdiff.archive import WHITEOUT
-from devmapper.layerdiff.attributes import NEVER_CARRIED, list_xattrs
+from devmapper.layerdiff.attributes import AttributeWriter
 from devmapper.layerdiff.compression import Decompressed
 from devmapper.layerdiff.confined import ConfinedRoot
 from devmapper.layerdiff.descent import clear_directory, remove_tree
+from devmapper.layerdiff.sparse import write_sparse
 from devmapper.layerdiff.tarformat import Entry
 from devmapper.layerdiff.tarreader import TarReader
-
-log = logging.getLogger(__name__)
 
 OPAQUE: Final = ".wh..wh..opq"
 AUFS_METADATA: Final = ".wh..wh."
@@ -37,10 +35,6 @@ _MAX_ID: Final = 0xFFFFFFFE  # the one above means "leave it", chown(2)
 _MAX_MAJOR: Final = 0xFFF
 _MAX_MINOR: Final = 0xFFFFF
 _MAX_TIME_NS: Final = (1 << 62) * 1_000_000_000
-_HOLE: Final = 4096  # zeros of this size, aligned, are left out
-_ZEROS: Final = bytes(_HOLE)
-_DEFAULT_ACL: Final = "system.posix_acl_default"
-_ACCESS_ACL: Final = "system.posix_acl_access"
 # What a stranger's names can provoke, as opposed to a disk that fails.
 _BAD_NAME: Final = frozenset(
     {
@@ -123,7 +117,7 @@ class _Unpacker:
         self._directories: dict[tuple[str, ...], _Directory] = {}
         self._aufs_links: set[str] = set()
         self._aufs_directory = ""
-        self._refused: set[str] = set()
+        self._attributes = AttributeWriter()
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +237,7 @@ class _Unpacker:
                 if is_directory:
                     self._set_directory(entry, tuple(parts), inode, is_new=there is None)
                 else:
-                    self._set_attributes(entry, f"/proc/self/fd/{inode}")
+                    self._attributes.set(entry, f"/proc/self/fd/{inode}")
             finally:
                 os.close(inode)
         self._note_unpacked(name, self._root.directory(directory))
@@ -271,7 +265,7 @@ class _Unpacker:
                 end = write_sparse(file, self._reader.buffer, length, offset)
             if end != entry.size:
                 os.ftruncate(file, entry.size)
-            self._set_attributes(entry, file)
+            self._attributes.set(entry, file)
         finally:
             os.close(file)
 
@@ -335,45 +329,13 @@ class _Unpacker:
         # Its owner needs to get into a directory that the archive closes to him.
         mode = entry.mode if self._is_root else entry.mode | stat.S_IRWXU
         path = f"/proc/self/fd/{inode}"
-        self._set_attributes(entry._replace(mode=mode), path, is_new=is_new)
+        self._attributes.set(entry._replace(mode=mode), path, is_new=is_new)
         self._directories.pop(parts, None)  # the last entry counts, also through another name
         self._directories[parts] = _Directory(
             os.fstat(inode).st_ino,
-            self._allowed_mode(entry) if mode != entry.mode else None,
+            self._attributes.allowed_mode(entry) if mode != entry.mode else None,
             entry.mtime_ns,
         )
-
-    def _allowed_mode(self, entry: Entry) -> int:
-        """Without the right to give a file away, its set-id bits would be those of ourselves."""
-        if self._is_root or (entry.uid, entry.gid) == (os.geteuid(), os.getegid()):
-            return entry.mode
-        return entry.mode & ~(stat.S_ISUID | stat.S_ISGID)
-
-    def _set_attributes(self, entry: Entry, target: int | str, *, is_new: bool = True) -> None:
-        """Owner first, which clears set-id bits and capabilities; times last."""
-        if self._is_root:
-            os.chown(target, entry.uid, entry.gid)
-        self._set_xattrs(entry, target, is_new=is_new)
-        if entry.type != tarformat.SYMLINK:
-            os.chmod(target, self._allowed_mode(entry))  # noqa: PTH101
-        os.utime(target, ns=(entry.mtime_ns, entry.mtime_ns))
-
-    def _set_xattrs(self, entry: Entry, target: int | str, *, is_new: bool) -> None:
-        for key in list_xattrs(target):
-            inherited = is_new and key in (_DEFAULT_ACL, _ACCESS_ACL)
-            if (inherited or entry.complete_xattrs) and key not in entry.xattrs:
-                os.removexattr(target, key)
-        for key, value in entry.xattrs.items():
-            if key in NEVER_CARRIED:
-                continue
-            try:
-                os.setxattr(target, key, value)
-            except OSError as err:
-                if err.errno not in (errno.EOPNOTSUPP, errno.EPERM):
-                    raise
-                if key not in self._refused:
-                    self._refused.add(key)
-                    log.warning("%r: cannot set %r here: %s", entry.name, key, err.strerror)
 
 
 def _status(name: str, fd: int) -> os.stat_result | None:
@@ -400,24 +362,3 @@ def _check_entry(entry: Entry) -> None:
         raise ArchiveError(entry.name, f"the link's target is longer than {_LINK_MAX} bytes")
     if any("\0" in key for key in entry.xattrs):
         raise ArchiveError(entry.name, "the name of an extended attribute holds a NUL byte")
-
-
-def write_sparse(fd: int, buffer: bytearray, length: int, offset: int) -> int:
-    """Write the first *length* bytes of *buffer* at *offset*, whole blocks of zeros as holes.
-
-    The file has to be new.  Returns where the last data ended.
-    """
-    view = memoryview(buffer)
-    position = end = 0
-    while position < length:
-        while position + _HOLE <= length and buffer.startswith(_ZEROS, position):
-            position += _HOLE
-        start = position
-        while position < length and not (
-            position + _HOLE <= length and buffer.startswith(_ZEROS, position)
-        ):
-            position += _HOLE
-        end = min(position, length)
-        while start < end:
-            start += os.pwrite(fd, view[start:end], offset + start)
-    return offset + end

@@ -7,16 +7,16 @@ same.  Memory does not grow with the content of files.
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from errno import ENXIO
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from devmapper.errors import ArchiveError
 from devmapper.layerdiff import tarformat
-from devmapper.layerdiff.attributes import read_xattrs
+from devmapper.layerdiff.attributes import describe
 from devmapper.layerdiff.changes import Change, Kind, changes, sort_key
 from devmapper.layerdiff.descent import Cursor, open_unseen
+from devmapper.layerdiff.sparse import data_ranges
 from devmapper.layerdiff.tarformat import BLOCK, Entry
 
 log = logging.getLogger(__name__)
@@ -25,15 +25,6 @@ WHITEOUT: Final = ".wh."
 
 _CHUNK: Final = 1 << 20
 _ZEROS: Final = bytes(_CHUNK)
-_STAT_BLOCK: Final = 512  # what st_blocks counts, stat(2)
-_TYPES: Final = {
-    stat.S_IFREG: tarformat.REGULAR,
-    stat.S_IFLNK: tarformat.SYMLINK,
-    stat.S_IFCHR: tarformat.CHARACTER,
-    stat.S_IFBLK: tarformat.BLOCK_DEVICE,
-    stat.S_IFDIR: tarformat.DIRECTORY,
-    stat.S_IFIFO: tarformat.FIFO,
-}
 
 
 def write_tree(root: Path, out: BinaryIO) -> None:
@@ -86,43 +77,25 @@ class _DiffWriter:
 
     def _add_inode(self, change: Change, name: str, status: os.stat_result) -> None:
         path = change.path[1:]
-        kind = _TYPES.get(stat.S_IFMT(status.st_mode))
-        if kind is None:
+        entry = describe(path, name, status, dir_fd=self._cursor.fd)
+        if entry is None:  # a socket
             if change.kind is Kind.MODIFY:  # what it has replaced must not come back
                 self._add_whiteout(change.parts[:-1], name)
             return
-        entry = Entry(
-            path + "/" if kind == tarformat.DIRECTORY else path,
-            kind,
-            mode=stat.S_IMODE(status.st_mode),
-            uid=status.st_uid,
-            gid=status.st_gid,
-            mtime_ns=status.st_mtime_ns,
-        )
-        if status.st_nlink > 1 and kind != tarformat.DIRECTORY:
+        if status.st_nlink > 1 and entry.type != tarformat.DIRECTORY:
             first = self._names.setdefault((status.st_dev, status.st_ino), path)
             if first != path:
-                link = entry._replace(type=tarformat.HARD_LINK, link=first)
+                link = entry._replace(type=tarformat.HARD_LINK, link=first, size=0, xattrs={})
                 self._write(tarformat.encode(link))
                 return
-        entry = entry._replace(xattrs=read_xattrs(name, dir_fd=self._cursor.fd))
-        if kind == tarformat.REGULAR:
-            self._add_file(entry, name, status)
+        if entry.type == tarformat.REGULAR and entry.size:
+            self._add_file(entry, name)
             return
-        if kind == tarformat.SYMLINK:
-            entry = entry._replace(link=os.readlink(name, dir_fd=self._cursor.fd))
-        elif kind == tarformat.DIRECTORY:
+        if entry.type == tarformat.DIRECTORY:
             entry = entry._replace(complete_xattrs=change.kind is Kind.MODIFY)
-        elif kind in (tarformat.CHARACTER, tarformat.BLOCK_DEVICE):
-            entry = entry._replace(
-                dev_major=os.major(status.st_rdev), dev_minor=os.minor(status.st_rdev)
-            )
         self._write(tarformat.encode(entry))
 
-    def _add_file(self, entry: Entry, name: str, status: os.stat_result) -> None:
-        if not status.st_size:
-            self._write(tarformat.encode(entry))
-            return
+    def _add_file(self, entry: Entry, name: str) -> None:
         # O_NONBLOCK: should a fifo have taken its place, do not wait for its writer.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = open_unseen(name, flags, dir_fd=self._cursor.fd)
@@ -166,23 +139,3 @@ class _DiffWriter:
         while written < len(data):  # a raw stream may take less
             data = memoryview(data)[written:]
             written = self._out.write(data)
-
-
-def data_ranges(fd: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
-    """Where the file has data: (start, end), ascending; all of it where holes are unknown."""
-    size = status.st_size
-    if status.st_blocks * _STAT_BLOCK >= size:
-        yield 0, size
-        return
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as err:
-            if err.errno == ENXIO:  # nothing but a hole is left
-                return
-            raise
-        if start >= size:
-            return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, end
