@@ -1,0 +1,88 @@
+"""What a check of pool metadata finds, as values."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+from devmapper.thin.walk import KeyRange
+
+
+class DamageKind(StrEnum):
+    """What is damaged."""
+
+    SUPERBLOCK = "superblock"
+    NODE = "node"
+    BITMAP = "bitmap"
+    INDEX = "index"
+    DETAILS = "details"
+    MAPPING = "mapping"
+    DATA_REF_COUNT = "data ref count"
+    METADATA_REF_COUNT = "metadata ref count"
+    LEAK = "leak"
+
+
+class Damage(NamedTuple):
+    """One finding.
+
+    *block* is a block of the kind of *space* that is named: a data block only for `DATA_REF_COUNT`
+    and some `LEAK`s.  *nr_blocks* blocks from there on are damaged in the same way.  *thin_ids* are
+    the thin devices that lose something, *keys* the keys of the tree that cannot be reached or
+    trusted.
+    """
+
+    kind: DamageKind
+    block: int
+    message: str
+    thin_ids: tuple[int, ...] = ()
+    keys: KeyRange | None = None
+    nr_blocks: int = 1
+    space: str = "metadata"
+
+    def __str__(self) -> str:
+        lost = f", {self.keys} lost" if self.keys is not None else ""
+        ids = ", ".join(map(str, self.thin_ids))
+        return f"{self.message}{lost}" + (f", thin ids {ids}" if ids else "")
+
+
+class CheckReport(NamedTuple):
+    """Everything that a check found; leaks are counted in blocks and listed among the damages."""
+
+    damages: list[Damage]
+    leaked_data_blocks: int = 0
+    leaked_metadata_blocks: int = 0
+    needs_check: bool = False
+
+    @property
+    def clean(self) -> bool:
+        """Nothing to say; the needs_check flag alone is no damage but an order to look."""
+        return not self.damages
+
+
+class DamageLog:
+    """Collects findings; whom a damage in a shared subtree hurts is known only later."""
+
+    def __init__(self) -> None:
+        self._found: list[Damage] = []
+        self._thin_ids: dict[int, set[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(
+        self, kind: DamageKind, block: int, message: str, *, keys: KeyRange | None = None
+    ) -> int:
+        """Note a damage of a metadata block; returns a number to name it by."""
+        return self.note(Damage(kind, block, message, keys=keys))
+
+    def note(self, damage: Damage) -> int:
+        self._found.append(damage)
+        return len(self._found) - 1
+
+    def hurts(self, number: int, thin_id: int) -> None:
+        """The damage of that number affects a thin device."""
+        self._thin_ids.setdefault(number, set()).add(thin_id)
+
+    def damages(self) -> list[Damage]:
+        return [
+            damage._replace(thin_ids=tuple(sorted(self._thin_ids.get(number, damage.thin_ids))))
+            for number, damage in enumerate(self._found)
+        ]
