@@ -57,15 +57,14 @@ def check(
     except (IntegrityError, OSError) as err:
         block = getattr(err, "block", SUPERBLOCK_LOCATION)
         log.add(DamageKind.SUPERBLOCK, block, f"superblock: {err}")
-        return CheckReport(log.damages())
+        return log.report()
     reader = _ReportingReader(device, superblock, progress) if progress else device
     run = _Check(reader, superblock, log, skip_mappings=skip_mappings)
     run.check_trees(superblock)
     if metadata_snap:
-        return CheckReport(log.damages(), needs_check=superblock.needs_check)
+        return log.report(needs_check=superblock.needs_check)
     run.check_metadata_snap()
-    leaked_data, leaked_metadata = run.check_space_maps()
-    return CheckReport(log.damages(), leaked_data, leaked_metadata, superblock.needs_check)
+    return log.report(needs_check=superblock.needs_check, leaked=run.check_space_maps())
 
 
 class _ReportingReader:

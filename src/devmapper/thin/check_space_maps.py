@@ -198,7 +198,8 @@ class Comparison:
         if not self._unread and stored != self._allocated:
             field = f"nr_allocated of the {self._map.space} space map"
             error = FormatError(0, field, want=self._allocated, got=stored)
-            self._log.add(DamageKind.SUPERBLOCK, 0, str(error))
+            damage = Damage(DamageKind.SUPERBLOCK, 0, str(error))
+            self._summary_is_off(damage, harmless=stored > self._allocated)
         return self.leaked_blocks
 
     def _bitmap(self, at: int, entry: IndexEntry) -> None:
@@ -222,21 +223,24 @@ class Comparison:
         free = stored.count(0, 0, used)
         self._allocated += used - free
         # The kernel counts the entries behind the last block as free, thin_restore does not.
-        if entry.nr_free not in (free, free + ENTRIES_PER_BITMAP - used):
-            want, got = free + ENTRIES_PER_BITMAP - used, entry.nr_free
-            message = f"nr_free of index entry {at} is {got}, expected {want}"
-            self._log.add(
-                DamageKind.INDEX, entry.blocknr, f"{self._map.space} space map: {message}"
-            )
+        behind = ENTRIES_PER_BITMAP - used
+        if entry.nr_free not in (free, free + behind):
+            what = f"nr_free of index entry {at} is {entry.nr_free}, expected {free + behind}"
+            self._odd_index(entry, what, harmless=entry.nr_free < free)
         first_free = stored.find(0, 0, used)
         if 0 <= first_free < entry.none_free_before:
-            message = (
-                f"none_free_before of index entry {at} is {entry.none_free_before},"
-                f" but entry {first_free} is free"
-            )
-            self._log.add(
-                DamageKind.INDEX, entry.blocknr, f"{self._map.space} space map: {message}"
-            )
+            hint = f"none_free_before of index entry {at} is {entry.none_free_before}"
+            self._odd_index(entry, f"{hint}, but entry {first_free} is free", harmless=True)
+
+    def _odd_index(self, entry: IndexEntry, what: str, *, harmless: bool) -> None:
+        message = f"{self._map.space} space map, bitmap {entry.blocknr}: {what}"
+        self._summary_is_off(Damage(DamageKind.INDEX, entry.blocknr, message), harmless=harmless)
+
+    def _summary_is_off(self, damage: Damage, *, harmless: bool) -> None:
+        if harmless and self._map.space == METADATA:
+            self._log.notes.append(damage)
+        else:
+            self._log.note(damage)
 
     def _overflow(self, entry: IndexEntry, stored: bytearray, first: int, used: int) -> None:
         """Every 3 in the bitmap needs an entry in the ref count tree, and nothing else has one."""

@@ -44,9 +44,14 @@ class Damage(NamedTuple):
 
 
 class CheckReport(NamedTuple):
-    """Everything that a check found; leaks are counted in blocks and listed among the damages."""
+    """Everything that a check found; leaks are counted in blocks and listed among the damages.
+
+    *notes* are no damage: the metadata space map's summaries may promise less free space than its
+    bitmaps have.  `thin_restore` leaves them one block short; all that is lost is that block.
+    """
 
     damages: list[Damage]
+    notes: list[Damage]
     leaked_data_blocks: int = 0
     leaked_metadata_blocks: int = 0
     needs_check: bool = False
@@ -63,6 +68,7 @@ class DamageLog:
     def __init__(self) -> None:
         self._found: list[Damage] = []
         self._thin_ids: dict[int, set[int]] = {}
+        self.notes: list[Damage] = []
 
     def __len__(self) -> int:
         return len(self._found)
@@ -81,8 +87,10 @@ class DamageLog:
         """The damage of that number affects a thin device."""
         self._thin_ids.setdefault(number, set()).add(thin_id)
 
-    def damages(self) -> list[Damage]:
-        return [
+    def report(self, *, needs_check: bool = False, leaked: tuple[int, int] = (0, 0)) -> CheckReport:
+        """Everything noted so far; *leaked* is data blocks, metadata blocks."""
+        damages = [
             damage._replace(thin_ids=tuple(sorted(self._thin_ids.get(number, damage.thin_ids))))
             for number, damage in enumerate(self._found)
         ]
+        return CheckReport(damages, self.notes, *leaked, needs_check)

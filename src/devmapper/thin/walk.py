@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from operator import lt
-from typing import Final, NamedTuple, Protocol, TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from devmapper.errors import FormatError, UsageError
 from devmapper.thin.checksum import check_block
