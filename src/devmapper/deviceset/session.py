@@ -1,0 +1,211 @@
+"""The graph under its lock: what every operation that changes something works on."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from devmapper.deviceset.ids import ThinIds
+from devmapper.deviceset.lock import GraphLock
+from devmapper.deviceset.names import BASE, GraphNames, LayerId, file_name
+from devmapper.deviceset.options import Options
+from devmapper.deviceset.records import LayerRecord, RecordStore
+from devmapper.deviceset.steps import Checkpoint, Step
+from devmapper.deviceset.transaction import Journal
+from devmapper.engine.port import ThinPool
+from devmapper.errors import LayerNotFound, ThinBusy, ThinIdExists
+from devmapper.units import Bytes, ThinId
+
+log = logging.getLogger(__name__)
+
+_ID_COLLISIONS = 3  # the pool is asked again after each, so a second one means a foreign writer
+
+
+class Graph:
+    """One open graph.  Methods may be called from any thread; `session` serialises."""
+
+    def __init__(self, home: Path, options: Options, checkpoint: Checkpoint) -> None:
+        self.home = home
+        self.options = options
+        self.names = GraphNames.of(home)
+        self.store = RecordStore(home / "metadata")
+        self.lock = GraphLock(home)
+        self.checkpoint = checkpoint
+        self._session: Session | None = None
+
+    def adopt(self, pool: ThinPool) -> "Session":
+        """Work on *pool* from now on: bring records and pool together, learn the ids in use.
+
+        Call under the graph's lock.
+        """
+        self._session = Session(self, pool)
+        self._session.refresh()
+        return self._session
+
+    @contextmanager
+    def session(self) -> Iterator["Session"]:
+        """Hold the graph; what other processes did since the last time has been taken in."""
+        with self.lock.hold():
+            if self._session is None:
+                message = "the graph is closed"
+                raise RuntimeError(message)
+            self._session.refresh()
+            yield self._session
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    @property
+    def pool(self) -> ThinPool:
+        """The pool, for what needs no lock: asking, activating, deactivating."""
+        if self._session is None:
+            message = "the graph is closed"
+            raise RuntimeError(message)
+        return self._session.pool
+
+    def keep_last_id(self) -> None:
+        """Save the counter of thin ids if this process moved it."""
+        if self._session is not None and self._session.moved_ids:
+            with self.lock.hold():
+                self._session.save_last_id()
+
+    def close(self) -> None:
+        self._session = None
+
+
+class Session:
+    """Proof that the graph's lock is held; obtained from `Graph.session` only.
+
+    Nothing here sleeps, mounts or copies.
+    """
+
+    def __init__(self, graph: Graph, pool: ThinPool) -> None:
+        self.pool = pool
+        self.store = graph.store
+        self.names = graph.names
+        self.checkpoint = graph.checkpoint
+        self._journal = Journal(graph.store, pool, graph.checkpoint)
+        self._ids = ThinIds((), 0)
+
+    def refresh(self) -> None:
+        """Recover and load again, unless the pool is where our own last transaction left it."""
+        now = self.pool.status().transaction_id
+        if self._journal.settled and now == self._journal.transaction_id:
+            return
+        if self._journal.recover():
+            log.info("recovered an interrupted operation")
+        records = self.store.load_all()
+        stored = self.store.load_deviceset()
+        used = {record.thin_id for record in records.values()}
+        self._ids = ThinIds(used | set(self.pool.thin_ids()), stored.next_device_id)
+        for layer, record in records.items():
+            if record.deleted:
+                self._purge(layer, record)
+
+    def find(self, layer: LayerId) -> LayerRecord | None:
+        """The record of a layer that exists; one that is on its way out does not."""
+        record = self.store.load(layer)
+        return None if record is None or record.deleted else record
+
+    def get(self, layer: LayerId) -> LayerRecord:
+        record = self.find(layer)
+        if record is None:
+            raise LayerNotFound(file_name(layer))
+        return record
+
+    def create_thin(self, layer: LayerId, size: Bytes) -> LayerRecord:
+        """A new, empty thin device for *layer*."""
+        return self._create(layer, size, None)
+
+    def create_snap(self, layer: LayerId, origin: LayerId, record: LayerRecord) -> LayerRecord:
+        """A snapshot of *origin*, whose record is *record*, for *layer*.
+
+        The origin is suspended for just that if it is active, so that the snapshot of a mounted
+        file system is consistent.
+        """
+        return self._create(layer, record.size, (origin, record.thin_id))
+
+    def delete(self, layer: LayerId, record: LayerRecord) -> None:
+        """Delete a layer that is not active; `ThinBusy` changes nothing."""
+        with self._journal.begin(layer, record.thin_id) as transaction:
+            transaction.delete_thin()
+            transaction.remove_record()
+        self._ids.free(record.thin_id)
+
+    def doom(self, layer: LayerId, record: LayerRecord) -> LayerRecord:
+        """Mark a layer as deleted, durably: from here on it does not exist for anybody.
+
+        It is Docker's mark for a deferred deletion, so that Docker too completes it.
+        """
+        doomed = record._replace(deleted=True)
+        self.store.save(layer, doomed)
+        self.checkpoint(Step.LAYER_DOOMED)
+        return doomed
+
+    @property
+    def moved_ids(self) -> bool:
+        return self._ids.moved
+
+    def save_last_id(self) -> None:
+        """Keep the counter for the next start, if it moved."""
+        stored = self.store.load_deviceset()
+        if stored.next_device_id != self._ids.last:
+            self.store.save_deviceset(stored._replace(next_device_id=self._ids.last))
+
+    def inconsistencies(self) -> list[str]:
+        """Where records and pool disagree; nothing is ever repaired or destroyed for it."""
+        records = self.store.load_all()
+        present = set(self.pool.thin_ids())
+        known = {record.thin_id for record in records.values()}
+        found = [
+            f"layer {file_name(layer)!r}: its thin id {record.thin_id} is not in the pool"
+            for layer, record in sorted(records.items())
+            if record.thin_id not in present
+        ]
+        return found + [
+            f"thin id {thin_id} is in the pool, but no layer has it"
+            for thin_id in sorted(present - known)
+        ]
+
+    def _create(
+        self, layer: LayerId, size: Bytes, origin: tuple[LayerId, ThinId] | None
+    ) -> LayerRecord:
+        for attempt in range(_ID_COLLISIONS):
+            thin_id = self._ids.allocate()
+            try:
+                return self._create_as(thin_id, layer, size, origin)
+            except ThinIdExists:
+                self._ids.take(self.pool.thin_ids())
+                if attempt + 1 == _ID_COLLISIONS or not self._journal.settled:
+                    raise
+            except Exception:
+                self._ids.free(thin_id)
+                raise
+        raise AssertionError
+
+    def _create_as(
+        self,
+        thin_id: ThinId,
+        layer: LayerId,
+        size: Bytes,
+        origin: tuple[LayerId, ThinId] | None,
+    ) -> LayerRecord:
+        with self._journal.begin(layer, thin_id) as transaction:
+            if origin is None:
+                transaction.create_thin()
+            else:
+                parent, parent_id = origin
+                with self.pool.suspended(self.names.device(parent)):
+                    transaction.create_snap(parent_id)
+            return transaction.save_record(size)
+
+    def _purge(self, layer: LayerId, record: LayerRecord) -> None:
+        """Complete a deletion that was put off; what is in use stays for the next time."""
+        if layer == BASE:
+            return  # the base layer's own start-up decides about it
+        try:
+            self.pool.deactivate(self.names.device(layer))
+            self.delete(layer, record)
+        except ThinBusy:
+            log.info("layer %r is deleted as soon as nobody uses its device", layer)

@@ -1,0 +1,376 @@
+"""The graph driver: layers as directories.
+
+What Docker calls when it makes, mounts, compares and removes layers, with what its `Init` wraps
+around it: the differences between two layers as a tar.
+"""
+
+import logging
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
+
+from devmapper.deviceset.deviceset import DeviceSet
+from devmapper.deviceset.names import LayerId, file_name, layer_id
+from devmapper.deviceset.status import rows
+from devmapper.engine.port import Engine
+from devmapper.errors import LayerNotFound, MountFailed, UsageError
+from devmapper.linux import blockdev, mount
+from devmapper.linux.blockdev import opened
+from devmapper.units import ThinId
+
+if TYPE_CHECKING:
+    from devmapper.engine.select import Preference
+    from devmapper.layerdiff.changes import Change
+
+log = logging.getLogger(__name__)
+
+_ROOTFS: Final = "rootfs"
+_ID_FILE: Final = "id"
+
+
+def init(
+    home: Path | str, options: Iterable[str] = (), *, engine: "Preference | Engine" = "auto"
+) -> "Driver":
+    """Open the graph in *home*, making what is missing; the seed's `Init`.
+
+    *engine* is which one to use: "auto", "kernel" or "embedded", or one that the caller has made.
+    """
+    return Driver(DeviceSet(home, options, engine=_engine(engine)))
+
+
+def mounted(path: Path | str) -> bool:
+    """Whether another file system begins at *path*; the seed's `Mounted`."""
+    return mount.mounted(Path(path))
+
+
+def probe_fs_type(device: Path | str) -> str:
+    """Kind of the file system on *device*: btrfs, ext4 or xfs; the seed's `ProbeFsType`."""
+    return blockdev.probe_fs_type(Path(device))
+
+
+class LayerUsage(NamedTuple):
+    """What one layer takes in the pool."""
+
+    id: str
+    thin_id: int
+    size: int  # bytes, as all of these
+    mapped: int
+    exclusive: int  # comes back when the layer is removed
+    shared: int
+
+
+class Driver:
+    """An open graph driver; every method may be called from any thread."""
+
+    def __init__(self, devices: DeviceSet) -> None:
+        self.devices = devices
+
+    def __str__(self) -> str:
+        return "devicemapper"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def home(self) -> Path:
+        return self.devices.home
+
+    def create(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        parent: str = "",
+        *,
+        mount_label: str = "",
+        storage_opt: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make layer *id* on top of *parent*, or on the empty base layer.
+
+        *mount_label* is taken for Docker's sake: labels are given at the mount.
+        """
+        for key in storage_opt or {}:
+            known = key.lower() == "size"
+            raise UsageError(
+                f"storage option {key!r} of a layer is "
+                + ("not supported yet by this version" if known else "unknown")
+            )
+        if mount_label:
+            log.debug("layer %r: its label is set when it is mounted", id)
+        self.devices.add_device(id, parent)
+
+    def remove(self, id: str) -> None:  # noqa: A002 - the seed's name
+        """Delete a layer; one that does not exist is removed already."""
+        with suppress(LayerNotFound):
+            self.devices.delete_device(layer_id(id))
+        self._remove_mount_point(id)
+
+    def get(self, id: str, mount_label: str = "") -> str:  # noqa: A002 - the seed's name
+        """Mount a layer, or count one more user, and return the directory with its files."""
+        layer = layer_id(id)
+        if not self.devices.has_device(layer):
+            raise LayerNotFound(layer)
+        path = self._mount_point(layer)
+        self._make_home_private()
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            self.devices.mount_device(layer, path, mount_label)
+        except BaseException:
+            self._remove_mount_point(layer)
+            raise
+        try:
+            _prepare_root(layer, path)
+        except BaseException:
+            self.put(layer)
+            raise
+        return str(path / _ROOTFS)
+
+    def put(self, id: str) -> None:  # noqa: A002 - the seed's name
+        """Take back one `get`; the last one unmounts the layer and removes its mount point."""
+        layer = layer_id(id)
+        self.devices.unmount_device(layer)
+        if not self.devices.is_mounted(layer):
+            self._remove_mount_point(layer)
+
+    def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
+        return self.devices.has_device(layer_id(id))
+
+    def layers(self) -> list[str]:
+        """The ids of all layers but the base layer, sorted."""
+        return [layer for layer in self.devices.list() if layer]
+
+    def status(self) -> list[tuple[str, str]]:
+        """The rows of `docker info`."""
+        return rows(self.devices.status())
+
+    def get_metadata(self, id: str) -> dict[str, str]:  # noqa: A002 - the seed's name
+        """What `docker inspect` shows of a layer."""
+        info = self.devices.dev_info(layer_id(id))
+        return {
+            "DeviceId": str(info.device_id),
+            "DeviceSize": str(info.size),
+            "DeviceName": info.name(),
+        }
+
+    def changes(self, id: str, parent: str = "") -> "list[Change]":  # noqa: A002 - the seed's name
+        """What differs between a layer and its parent; without one, all that it holds."""
+        with self._trees(id, parent) as (new, old):
+            return _changes(new, old)
+
+    def write_diff(self, id: str, parent: str, out: BinaryIO) -> None:  # noqa: A002 - the seed's name
+        """Write the changes of a layer as an uncompressed tar."""
+        from devmapper.layerdiff.archive import write_diff
+
+        with self._trees(id, parent) as (new, old):
+            write_diff(new, _changes(new, old), out)
+
+    @contextmanager
+    def diff(self, id: str, parent: str = "") -> Iterator[BinaryIO]:  # noqa: A002 - the seed's name
+        """The same as a stream to read from; the layers stay mounted until the context ends.
+
+        An error while it is written is raised when the context ends: what was read until then is
+        not a whole archive.
+        """
+        from devmapper.layerdiff.archive import write_diff
+
+        with self._trees(id, parent) as (new, old):
+            listed = _changes(new, old)
+            with _written_by(lambda out: write_diff(new, listed, out)) as stream:
+                yield stream
+
+    def apply_diff(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        parent: str,
+        stream: BinaryIO,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Unpack a tar of changes into a layer; returns the sum of the sizes in its headers.
+
+        *parent* is taken for Docker's sake: the layer itself has all of its parent's files.
+        """
+        from devmapper.layerdiff.apply import apply
+
+        if parent and not self.exists(parent):
+            raise LayerNotFound(parent)
+        with self._tree(id) as root:
+            return apply(root, stream, progress=progress)
+
+    def diff_size(self, id: str, parent: str = "") -> int:  # noqa: A002 - the seed's name
+        """Bytes of the files that a layer has added or modified."""
+        from devmapper.layerdiff.changes import diff_size
+
+        with self._trees(id, parent) as (new, old):
+            return diff_size(new, _changes(new, old))
+
+    def usage(self) -> list[LayerUsage]:
+        """What each layer takes, the base layer too (as "base"), from a copy of pool metadata."""
+        from devmapper.thin.blocks import FileDevice
+        from devmapper.thin.ls import ls
+
+        pool = self.devices.pool
+        layers = self.devices.meta_data().devices
+        with tempfile.TemporaryDirectory(prefix="devmapper-") as directory:
+            copy = Path(directory) / "metadata"
+            pool.export_metadata(copy)
+            with FileDevice.open(copy, read_only=True) as reader:
+                listed = {device.thin_id: device for device in ls(reader)}
+        block_size = pool.status().block_size
+        found = []
+        for layer, info in sorted(layers.items()):
+            device = listed.get(ThinId(info.device_id))
+            if device is None or info.deleted:
+                continue
+            found.append(
+                LayerUsage(
+                    file_name(LayerId(layer)),
+                    info.device_id,
+                    info.size,
+                    device.mapped_blocks * block_size,
+                    device.exclusive_blocks * block_size,
+                    device.shared_blocks * block_size,
+                )
+            )
+        return found
+
+    def cleanup(self) -> None:
+        """Unmount every layer, let go of the pool, and undo the private mount of the home."""
+        self.devices.shutdown()
+        home = self.devices.home
+        if _is_bound_onto_itself(home):
+            mount.unmount(home)
+
+    def close(self) -> None:
+        """Let go of the graph; what is mounted stays mounted.  Idempotent."""
+        self.devices.close()
+
+    def _mount_point(self, layer: str) -> Path:
+        return self.devices.home / "mnt" / layer
+
+    def _remove_mount_point(self, layer: str) -> None:
+        """moby 1.7 leaves the directories behind."""
+        path = self._mount_point(layer)
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as err:  # mounted after all, or it holds what somebody put there
+            log.debug("%s stays: %s", path, err.strerror)
+
+    def _make_home_private(self) -> None:
+        """As moby's Init, but not before something is mounted below it."""
+        with self.devices.exclusive():
+            mount.make_private(self.devices.home)
+
+    @contextmanager
+    def _tree(self, id: str) -> Iterator[Path]:  # noqa: A002 - the seed's name
+        """A layer's files, mounted for the duration; nobody can unmount it meanwhile."""
+        root = Path(self.get(id))
+        try:
+            with opened(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW):
+                yield root
+        finally:
+            self.put(id)
+
+    @contextmanager
+    def _trees(self, id: str, parent: str) -> Iterator[tuple[Path, Path | None]]:  # noqa: A002 - the seed's name
+        if parent and not self.exists(parent):
+            raise LayerNotFound(parent)
+        with self._tree(id) as new:
+            if not parent:
+                yield new, None
+                return
+            with self._tree(parent) as old:
+                yield new, old
+
+
+def _engine(choice: "Preference | Engine") -> Engine:
+    if not isinstance(choice, str):
+        return choice
+    from devmapper.engine.select import choose_engine
+
+    return choose_engine(choice)
+
+
+def _changes(new: Path, old: Path | None) -> "list[Change]":
+    from devmapper.layerdiff.changes import changes
+
+    return changes(new, old)
+
+
+def _prepare_root(layer: str, path: Path) -> None:
+    """Make `rootfs` and `id` in a layer's file system if they are missing.
+
+    The file system may come from a stranger: whatever stands in their place is not followed.
+    """
+    with opened(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as top:
+        try:
+            found = os.stat(_ROOTFS, dir_fd=top, follow_symlinks=False)
+        except FileNotFoundError:
+            os.mkdir(_ROOTFS, 0o755, dir_fd=top)
+            os.chmod(_ROOTFS, 0o755, dir_fd=top)  # noqa: S103 - a layer's root is for everybody
+        else:
+            if not stat.S_ISDIR(found.st_mode):
+                raise MountFailed(layer, path, f"its {_ROOTFS!r} is not a directory")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(_ID_FILE, flags, 0o600, dir_fd=top)
+        except FileExistsError:
+            return  # a snapshot still has the id of the ancestor that was mounted first
+        except OSError as err:
+            if mount_is_read_only(top):
+                return
+            raise MountFailed(layer, path, f"{_ID_FILE}: {err.strerror}") from err
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(layer)
+
+
+def mount_is_read_only(fd: int) -> bool:
+    return bool(os.fstatvfs(fd).f_flag & os.ST_RDONLY)
+
+
+def _is_bound_onto_itself(home: Path) -> bool:
+    """Whether the mount at *home* is the one that `make_private` made, not a disk of the user's."""
+    if not mount.is_mount_point(home):
+        return False
+    return home.stat().st_dev == home.parent.stat().st_dev
+
+
+@contextmanager
+def _written_by(write: Callable[[BinaryIO], None]) -> Iterator[BinaryIO]:
+    """A stream of what *write*, in a thread of its own, puts into a pipe."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with open(write_fd, "wb") as out:
+                write(out)
+        except BrokenPipeError:
+            pass  # the reader had enough
+        except BaseException as err:  # noqa: BLE001 - carried over to the reader's thread
+            failures.append(err)
+
+    writer = threading.Thread(target=run, name="diff", daemon=True)
+    with open(read_fd, "rb") as stream:
+        writer.start()
+        try:
+            yield stream
+        finally:
+            stream.close()
+            writer.join()
+    if failures:
+        raise failures[0]
