@@ -19,6 +19,7 @@
     │   ├── ThinIdMissing                  23
     │   ├── ThinIdsExhausted               23
     │   ├── ThinBusy                       12   a thin device that is active or open
+    │   ├── PoolBusy                   12   a pool that another process has open
     │   ├── PoolMismatch                   25   sizes or identity differ from what is on disk
     │   └── TransactionConflict            24
     ├── IntegrityError
@@ -219,6 +220,20 @@ class ThinBusy(PoolError):
         super().__init__(f"device {name!r} is busy{by}", hint="unmount it first")
         self.name = name
         self.holders = tuple(holders)
+
+
+class PoolBusy(PoolError):
+    """Another process, or another part of this one, has the pool open."""
+
+    exit_code = 12
+
+    def __init__(self, metadata_device: Path, holder: str) -> None:
+        super().__init__(
+            f"pool on {str(metadata_device)!r} is in use by {holder}",
+            hint="wait for it to end, or stop it",
+        )
+        self.metadata_device = metadata_device
+        self.holder = holder
 
 
 class PoolMismatch(PoolError):
