@@ -1,0 +1,105 @@
+"""From a table line to open devices: every check that a pool gets before anything is written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from devmapper.engine.embedded.data_file import DataFile
+from devmapper.engine.embedded.device_lock import device_lock
+from devmapper.engine.port import PoolTable
+from devmapper.errors import PoolMismatch, UsageError
+from devmapper.thin.blocks import FileDevice, MetadataDevice
+from devmapper.thin.metadata import PoolMetadata, is_blank
+from devmapper.units import data_block_size
+
+
+class PoolDevices(NamedTuple):
+    metadata_device: MetadataDevice
+    metadata: PoolMetadata
+    data: DataFile
+
+
+@contextmanager
+def opened(table: PoolTable) -> Iterator[PoolDevices]:
+    """The devices of *table*, checked, locked and closed on every path.
+
+    Blank metadata are formatted, and a pool that is smaller than its table grows, as in the kernel.
+    `UsageError` for a table that makes no sense, `PoolMismatch` for one that is not this pool's,
+    `PoolBusy` for a pool that is open, `IntegrityError` for damage, `OSError` for the rest.
+    """
+    check_table(table)
+    with device_lock(table.metadata_device, read_only=table.read_only):
+        data = DataFile.open(table.data_device, read_only=table.read_only)
+        try:
+            check_data_size(table, data)
+            device = FileDevice.open(table.metadata_device, read_only=table.read_only)
+            try:
+                metadata = _open_metadata(table, device)
+                yield PoolDevices(device, metadata, data)
+            finally:
+                device.close()
+        finally:
+            data.close()
+
+
+def check_table(table: PoolTable) -> None:
+    data_block_size(table.block_size)
+    if table.data_size <= 0 or table.data_size % table.block_size:
+        raise UsageError(
+            f"size of the pool, {table.data_size} bytes, is not a multiple of its block size of"
+            f" {table.block_size} bytes"
+        )
+    if _is_same_device(table.metadata_device, table.data_device):
+        raise UsageError(
+            f"metadata and data of a pool cannot both be on {str(table.data_device)!r}"
+        )
+
+
+def check_data_size(table: PoolTable, data: DataFile) -> None:
+    """`PoolMismatch` if the data device ends before the pool does."""
+    if data.size < table.data_size:
+        raise PoolMismatch(
+            f"data device {str(table.data_device)!r} has {data.size} bytes, but the pool has"
+            f" {table.data_size}",
+            hint="the file was cut off, or it belongs to another pool",
+        )
+
+
+def grow(metadata: PoolMetadata, device: MetadataDevice, nr_data_blocks: int) -> None:
+    """Let the pool use all of its devices; uncommitted.  The metadata first: data need them."""
+    if device.nr_blocks > metadata.nr_metadata_blocks:
+        metadata.resize_metadata(device.nr_blocks)
+    if nr_data_blocks > metadata.nr_data_blocks:
+        metadata.resize_data(nr_data_blocks)
+
+
+def _open_metadata(table: PoolTable, device: MetadataDevice) -> PoolMetadata:
+    nr_data_blocks = table.data_size // table.block_size
+    if is_blank(device):
+        if table.read_only:
+            raise PoolMismatch(f"no pool is on {str(table.metadata_device)!r} yet")
+        return PoolMetadata.format(
+            device, data_block_size=table.block_size, nr_data_blocks=nr_data_blocks
+        )
+    metadata = PoolMetadata.open(
+        device, data_block_size=table.block_size, read_only=table.read_only
+    )
+    if nr_data_blocks < metadata.nr_data_blocks:
+        raise PoolMismatch(
+            f"pool on {str(table.metadata_device)!r} has {metadata.nr_data_blocks} data blocks,"
+            f" but only {nr_data_blocks} are on the data device",
+            hint="the data device was cut off, or it belongs to another pool",
+        )
+    if not (table.read_only or metadata.needs_check):
+        grow(metadata, device, nr_data_blocks)
+        metadata.release_data_blocks(metadata.commit())
+    return metadata
+
+
+def _is_same_device(one: Path, other: Path) -> bool:
+    first, second = one.stat(), other.stat()
+    if first.st_rdev and first.st_rdev == second.st_rdev:
+        return True
+    return os.path.samestat(first, second)
