@@ -1,0 +1,133 @@
+"""Mounts, freezing, and who keeps a device busy, on the real kernel."""
+
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devmapper.linux import blockdev, files, loop, mount
+from devmapper.linux.holders import holders
+from devmapper.linux.process import run
+from devmapper.units import Bytes
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse]
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    files.make_sparse(tmp_path / "image", Bytes(32 * 1024 * 1024))
+    with loop.attached(tmp_path / "image") as device:
+        run(["mkfs.ext4", "-q", str(device)])
+        yield device
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Path:
+    path = tmp_path / "mount point"
+    path.mkdir()
+    return path
+
+
+def test_a_mounted_device_is_found(device: Path, point: Path) -> None:
+    with mount.mounted_at(device, point, "ext4", flags=mount.MountFlag.NOATIME, data="discard"):
+        assert mount.mounted(point)
+        (entry,) = mount.mounts_of(blockdev.device_number(device))
+        assert (entry.mount_point, entry.fs_type, entry.source) == (point, "ext4", str(device))
+        assert "noatime" in entry.options
+        assert "discard" in entry.super_options
+        assert loop.is_open_exclusively(device)
+    assert not mount.mounted(point)
+    assert not loop.is_open_exclusively(device)
+    assert mount.mounts_of(blockdev.device_number(device)) == []
+
+
+def test_a_bind_mount_is_a_mount_point_of_the_same_file_system(tmp_path: Path, point: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    mount.mount(source, point, None, flags=mount.MountFlag.BIND)
+    try:
+        assert not mount.mounted(point)
+        assert mount.is_mount_point(point)
+    finally:
+        mount.unmount(point)
+    assert not mount.is_mount_point(point)
+
+
+def test_making_a_directory_private_happens_once(point: Path) -> None:
+    mount.make_private(point)
+    try:
+        mount.make_private(point)
+        (entry,) = [entry for entry in mount.mountinfo() if entry.mount_point == point]
+        assert entry.optional == ()
+    finally:
+        mount.unmount(point)
+    assert not mount.is_mount_point(point)
+
+
+def test_a_frozen_file_system_lets_writers_wait(device: Path, point: Path) -> None:
+    with mount.mounted_at(device, point, "ext4"):
+        with mount.frozen(point):
+            with pytest.raises(OSError, match="FIFREEZE") as caught:
+                mount.freeze(point)
+            assert caught.value.errno == errno.EBUSY
+            writer = subprocess.Popen(["touch", str(point / "file")])
+            time.sleep(0.2)
+            assert writer.poll() is None
+        assert writer.wait(5) == 0
+        assert (point / "file").exists()
+        mount.freeze(point)
+        mount.thaw(point)
+        with pytest.raises(OSError, match="FITHAW") as caught:
+            mount.thaw(point)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_a_busy_mount_names_its_holders(device: Path, point: Path) -> None:
+    with mount.mounted_at(device, point, "ext4"):
+        (point / "file").touch()
+        with subprocess.Popen(["sleep", "30"], cwd=point) as user:
+            try:
+                with pytest.raises(OSError, match="umount") as caught:
+                    mount.unmount(point)
+                assert caught.value.errno == errno.EBUSY
+                found = holders(device)
+                assert f"mounted at {str(point)!r}" in found
+                assert any(text.startswith(f"process {user.pid} (sleep) uses") for text in found)
+            finally:
+                user.kill()
+    assert not [text for text in holders(device) if text.startswith("mounted")]
+
+
+def test_a_mount_in_another_namespace_is_named(device: Path, point: Path) -> None:
+    mount.mount(device, point, "ext4")
+    try:
+        # The child's copies are private: our unmount does not reach them
+        user = subprocess.Popen(["unshare", "--mount", "sh", "-c", "echo ready; exec sleep 30"],
+                                stdout=subprocess.PIPE)  # fmt: skip
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"ready\n"
+    finally:
+        mount.unmount(point)
+    try:
+        assert mount.mounts_of(blockdev.device_number(device)) == []
+        assert loop.is_open_exclusively(device)
+        assert f"process {user.pid} (sleep) has it mounted in another mount namespace" in holders(
+            device
+        )
+    finally:
+        user.kill()
+        user.wait()
+        user.stdout.close()
+    deadline = time.monotonic() + 5
+    while loop.is_open_exclusively(device):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_open_block_device_has_a_holder(device: Path) -> None:
+    with blockdev.opened(device, os.O_RDONLY):
+        assert any(f"process {os.getpid()} " in text for text in holders(device))
