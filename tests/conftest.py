@@ -56,13 +56,25 @@ def runtime_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="dmt-", dir="/run") as base:
+    with tempfile.TemporaryDirectory(prefix=f"dmt-{os.getpid()}-", dir="/run") as base:
         before = os.environ.get("DEVMAPPER_RUNTIME_DIR")
         os.environ["DEVMAPPER_RUNTIME_DIR"] = base
         try:
             yield Path(base)
         finally:
+            left = _clear_leftovers(Path(base))
             if before is None:
                 del os.environ["DEVMAPPER_RUNTIME_DIR"]
             else:
                 os.environ["DEVMAPPER_RUNTIME_DIR"] = before
+        assert left == [], f"left behind, and cleared now: {left}"
+
+
+def _clear_leftovers(base: Path) -> list[str]:
+    if not os.listdir(base):
+        return []
+    from tests.support import leftovers
+
+    if left := leftovers.remaining(base):
+        leftovers.clear(base)
+    return left

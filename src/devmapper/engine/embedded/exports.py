@@ -156,7 +156,7 @@ class Exports:
         """Take everything off the export and unmount it.
 
         `ThinBusy` if a file is open and not *force*; nothing was done then.  With *force* I/O under
-        way is waited for and flushed, and what comes afterwards fails.
+        way is waited for, and what comes afterwards fails.
         """
         with self._lock:
             busy = [name for name in self._entries if self._export.open_count(name)]
@@ -167,8 +167,8 @@ class Exports:
             entries = list(self._entries.values())
         self._reaper.join()
         for entry in entries:
-            if entry.name in busy and entry.state is not Activation.SUSPENDED:
-                entry.device.suspend()
+            if entry.state is Activation.SUSPENDED:
+                entry.device.resume()  # threads that it holds could not end
         self._export.close()
         for entry in entries:
             entry.device.close()
@@ -177,7 +177,7 @@ class Exports:
     def _remove(self, entry: _Entry) -> bool:
         """Take a device off the export; False while its file is open."""
         try:
-            self._export.remove(entry.name)
+            self._export.remove(entry.name, timeout=0.0)
         except OSError as err:
             if err.errno == errno.EBUSY:
                 return False

@@ -190,7 +190,7 @@ def _unpack_plain(kind: type, value: object) -> object:
         return Path(_checked(isinstance(value, str), kind, value))
     if issubclass(kind, StrEnum):
         try:
-            return kind(value)
+            return kind(str(value))
         except ValueError:
             return _checked(False, kind, value)  # noqa: FBT003
     # bool is an int to Python, but not to whoever reads a thin id

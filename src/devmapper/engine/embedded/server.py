@@ -53,9 +53,10 @@ class Server:
 
     def __init__(self, paths: runtime.Paths, table: PoolTable) -> None:
         self._paths = paths
-        self._pool = EmbeddedPool.open(table)
+        self._pool = EmbeddedPool.open(table, name=paths.directory.name)
         try:
             export = Export(paths.export)
+            export.start()
         except BaseException:
             self._pool.close()
             raise
@@ -129,8 +130,10 @@ class Server:
             if op == "stop":
                 self._stop()
                 return {"value": None}
-            answer = session.call(op, args) if op in session.OPS else self._call(op, args)
-            return {"value": protocol.pack(answer)}
+            if op in session.OPS:
+                session.call(op, args)
+                return {"value": None}
+            return {"value": protocol.pack(self._call(op, args))}
         except (DevmapperError, OSError) as err:
             log.debug("%s: %s", request.get("op"), err)
             return {"error": protocol.pack_error(err)}
