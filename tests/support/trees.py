@@ -129,7 +129,10 @@ def _node_of_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Node:
     file = archive.extractfile(member) if kind == "file" else None
     is_device = kind in ("character device", "block device")
     xattrs = {
-        key.removeprefix(_XATTR): value.encode("utf-8", "surrogateescape")
+        # GNU tar's spelling of what a keyword cannot hold
+        key.removeprefix(_XATTR).replace("%3D", "=").replace("%25", "%"): value.encode(
+            "utf-8", "surrogateescape"
+        )
         for key, value in member.pax_headers.items()
         if key.startswith(_XATTR)
     }
