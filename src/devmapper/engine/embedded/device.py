@@ -244,12 +244,9 @@ class ThinDevice:
             pieces = list(self._pieces(offset, len(view)))
             fresh = [piece for piece in pieces if not self._is_writable(piece.raw)]
             if fresh:
-                granted = self._core.allocate(len(fresh))
-                if len(granted) < len(fresh):
-                    end = fresh[len(granted)].place
-                    pieces = [piece for piece in pieces if piece.place < end]
-                    del fresh[len(granted) :]
-                self._provision(fresh, granted, view)
+                done = self._provision(fresh, view)
+                if done < len(fresh):
+                    pieces = [piece for piece in pieces if piece.place < fresh[done].place]
         for begin, length, at in self._runs([p for p in pieces if self._is_writable(p.raw)]):
             self._data.write(view[begin : begin + length], at)
         return pieces[-1].place + pieces[-1].length if pieces else 0
@@ -257,18 +254,25 @@ class ThinDevice:
     def _is_writable(self, raw: int) -> bool:
         return raw != UNMAPPED and raw & TIME_MASK >= self.snapshotted_time
 
-    def _provision(
-        self, pieces: Sequence[_Piece], granted: Sequence[int], view: memoryview | None
-    ) -> None:
-        """Write *pieces* of *view* (zeros if None) to new data blocks, then map these."""
-        if not pieces:
-            return
-        try:
-            self._fill(pieces, granted, view)
-        except BaseException:
-            self._core.metadata.give_back(granted)
-            raise
-        self._core.metadata.publish(self.thin_id, [piece.block for piece in pieces], granted)
+    def _provision(self, pieces: Sequence[_Piece], view: memoryview | None) -> int:
+        """Write *pieces* of *view* (zeros if None) to new data blocks, then map these.
+
+        Return for how many of them there was space.
+        """
+        metadata = self._core.metadata
+        with metadata.provisioning():
+            granted = self._core.allocate(len(pieces))
+            pieces = pieces[: len(granted)]
+            if not pieces:
+                return 0
+            try:
+                self._fill(pieces, granted, view)
+                metadata.publish(self.thin_id, [piece.block for piece in pieces], granted)
+            except BaseException:
+                if self._state.writable:
+                    metadata.give_back(granted)
+                raise
+        return len(pieces)
 
     def _fill(
         self, pieces: Sequence[_Piece], granted: Sequence[int], view: memoryview | None
@@ -329,9 +333,7 @@ class ThinDevice:
             return True
         if self._data.is_zero(at, piece.length):
             return True
-        granted = self._core.allocate(1)
-        self._provision([piece][: len(granted)], granted, None)
-        return bool(granted)
+        return self._provision([piece], None) == 1
 
 
 def _fill_with_zeros(view: memoryview) -> None:

@@ -9,11 +9,12 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from devmapper.engine.embedded.mapping_cache import CHUNK_BITS, CHUNK_BLOCKS, MappingCache
 from devmapper.engine.embedded.modes import PoolState
+from devmapper.engine.embedded.traffic import Traffic
 from devmapper.errors import (
     DevmapperError,
     PoolFull,
@@ -46,6 +47,7 @@ class GuardedMetadata:
         self._note_change = note_change
         self._lock = threading.Lock()
         self._committing = threading.Lock()  # taken before the metadata lock
+        self._provisions = Traffic()
         self._caches: dict[ThinId, MappingCache] = {}
         self.published = 0  # how often mappings to newly written blocks were made
 
@@ -96,6 +98,13 @@ class GuardedMetadata:
                     cache.add(number, chunk)
             return chunk
 
+    def provisioning(self) -> AbstractContextManager[None]:
+        """No commit falls between `allocate` and `publish` inside the block.
+
+        It would have allocated blocks that nothing refers to, and a crash would leave them so.
+        """
+        return self._provisions.inside()
+
     def allocate(self, wanted: int) -> list[int]:
         """Take up to *wanted* data blocks, none when the pool is out of data space."""
         with self._as_io_error("allocation"), self.changing() as metadata:
@@ -136,7 +145,7 @@ class GuardedMetadata:
         *sync_data* runs again when mappings were published after *seen*: no committed mapping leads
         to data that is not durable (`dm-thin.c: metadata_pre_commit_callback`).
         """
-        with self._committing, self._lock:
+        with self._committing, self._provisions.stopped(), self._lock:
             if not self._state.writable or not self._metadata.changed:
                 return ()
             try:
