@@ -43,6 +43,7 @@ _STALLED_WORKERS: Final = 4  # that one blocked file may hold
 _SAMPLE_SECONDS: Final = 0.01
 _IDLE_SAMPLES: Final = 10
 _CPU_BOUND: Final = 0.7  # of one processor: the interpreter is what limits us
+_SURPLUS_REQUESTS: Final = 50  # in a row, before an extra worker ends
 _END_SECONDS: Final = 5.0
 
 _READ: Final = int(Opcode.READ)
@@ -174,6 +175,7 @@ class _Worker:
     ) -> None:
         self.current: ExportedFile | None = first
         self.served = 0
+        self._surplus_seen = 0
         self._pool = pool
         self._extra = extra
         self._first = first
@@ -222,8 +224,12 @@ class _Worker:
                 self._other(file, Request(opcode, unique, start, count, mode, _NO_DATA))
             else:
                 self._answer(opcode, unique, node_id, received)
-            if self._extra and self._pool.surplus():
+            if self._extra and self._is_surplus():
                 return
+
+    def _is_surplus(self) -> bool:
+        self._surplus_seen = self._surplus_seen + 1 if self._pool.surplus() else 0
+        return self._surplus_seen >= _SURPLUS_REQUESTS
 
     def _move(self, file: ExportedFile, opcode: int, unique: int, offset: int, length: int) -> None:
         view = self._views.get(length)
