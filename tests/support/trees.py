@@ -48,7 +48,10 @@ Tree = dict[str, Node]  # by the path below the root, which itself is left out
 
 
 def _hash(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _xattrs_of(path: str) -> tuple[tuple[str, bytes], ...]:
@@ -147,6 +150,11 @@ def _node_of_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Node:
         (member.devmajor, member.devminor) if is_device else (0, 0),
         xattrs=tuple(sorted(xattrs.items())),
     )
+
+
+def _unquote(key: str) -> str:
+    """GNU tar's spelling of what a keyword cannot hold."""
+    return key.replace("%3D", "=").replace("%25", "%")
 
 
 def _join(tree: Tree, groups: Collection[list[str]]) -> None:

@@ -179,7 +179,7 @@ class _Meddler(io.BytesIO):
         self._path = path
         self._size = size
 
-    def write(self, data) -> int:
+    def write(self, data):
         written = super().write(data)
         if b"victim" in bytes(data[:512]):
             os.truncate(self._path, self._size)
@@ -212,7 +212,7 @@ def test_holes_are_not_read(tmp_path):
     class Counter(io.RawIOBase):
         total = 0
 
-        def write(self, data) -> int:
+        def write(self, data):
             self.total += len(data)
             if self.total > 1 << 30:
                 raise EOFError
@@ -240,7 +240,7 @@ def test_holes_are_not_read(tmp_path):
 
 def test_a_raw_stream_that_takes_less_gets_all(tree, tmp_path):
     class Slow(io.BytesIO):
-        def write(self, data) -> int:
+        def write(self, data):
             return super().write(bytes(data[:1000]))
 
     out = Slow()
