@@ -30,6 +30,8 @@ _FREED: Final = 4  # in this transaction
 _HELD: Final = 5  # free on disk, but the owner has not released it yet
 _BEYOND: Final = 6  # behind the end of the device
 
+_FREE_ON_DISK: Final = (0, _FREED, _HELD, _BEYOND)
+
 _FREED_RUN: Final = re.compile(rb"\x04+")
 _HELD_RUN: Final = re.compile(rb"\x05+")
 _FREED_TO_HELD: Final = bytes.maketrans(bytes((_FREED,)), bytes((_HELD,)))
@@ -256,7 +258,7 @@ class SpaceMap:
     def _summary(self, place: int, bitmap: bytearray) -> IndexEntry:
         # `nr_free` is of a whole bitmap, also where the device ends earlier, as in sm_ll_extend.
         nr_free = ENTRIES_PER_BITMAP - sum(map(bitmap.count, (1, 2, 3)))
-        first = [at for at in map(bitmap.find, (0, _FREED, _HELD)) if at >= 0]
+        first = [at for at in map(bitmap.find, _FREE_ON_DISK) if at >= 0]
         return IndexEntry(place, nr_free, min(first, default=ENTRIES_PER_BITMAP))
 
     def _write_bitmap(self, index: int) -> None:
