@@ -64,10 +64,8 @@ def pool_xml(
     block_sectors: int = 128,
 ) -> str:
     """The XML of a pool, in the words of thin_restore."""
-    lines = [
-        f'<superblock uuid="" time="{time}" transaction="{transaction}" flags="0" version="2"'
-        f' data_block_size="{block_sectors}" nr_data_blocks="{nr_data_blocks}">'
-    ]
+    head = f'<superblock uuid="" time="{time}" transaction="{transaction}" flags="0" version="2"'
+    lines = [f'{head} data_block_size="{block_sectors}" nr_data_blocks="{nr_data_blocks}">']
     for thin_id, thin in sorted(thins.items()):
         mapped = thin.mapped_blocks
         if mapped is None:
@@ -95,7 +93,7 @@ def build(path: Path, xml: str, *, size: int = METADATA_SIZE) -> "Image":
 
 
 def crc32c(data: bytes) -> int:
-    """crc32c without its first and last inversion left out or added: as the kernel stores it."""
+    """crc32c without the last inversion: as the kernel stores it."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -119,9 +117,8 @@ class Image:
             file.seek(block * BLOCK)
             return bytearray(file.read(BLOCK))
 
-    def write(self, block: int, raw: bytes, salt: int | None = None) -> None:
+    def write(self, block: int, raw: bytearray, salt: int | None = None) -> None:
         """Write a block; with a *salt* its checksum is made right."""
-        raw = bytearray(raw)
         if salt is not None:
             raw[:4] = struct.pack("<I", crc32c(bytes(raw[4:])) ^ salt)
         with self.path.open("r+b") as file:
@@ -217,7 +214,7 @@ class Image:
         self.write(bitmap, raw, BITMAP_SALT)
 
     def hold_metadata_snap(self) -> int:
-        """Make a metadata snap as the kernel does: a copy of the superblock that shares the trees."""
+        """Make a metadata snap as the kernel does: a superblock that shares the trees."""
         bitmap = self.metadata_bitmap()
         block = next(i for i in range(ENTRIES_PER_BITMAP) if not self.bitmap_count(bitmap, i))
         held = self.read(0)

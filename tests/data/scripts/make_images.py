@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import zstandard
-
 from tests.support.fixtures import DATA
 from tests.support.metadata_writer import Image, Run, Thin, build, pool_xml
 from tests.support.thin_tools import thin_check, thin_dump, thin_ls
