@@ -93,6 +93,15 @@ def test_gnu_tar_lists_and_extracts_it(tree, tmp_path):
     assert_trees_equal(tree, out)
 
 
+def test_gnu_tar_has_nothing_to_say_about_a_difference(tree, tmp_path):
+    (tmp_path / "old/etc").mkdir(parents=True)
+    (tmp_path / "old/gone").touch()
+    with open(tmp_path / "t.tar", "wb") as out:
+        write_diff(tree, changes(tree, tmp_path / "old"), out)
+    listed = gnu_tar("-tf", tmp_path / "t.tar").splitlines()
+    assert {"etc/", "etc/passwd", ".wh.gone"} <= set(listed)
+
+
 def test_the_order_and_the_names_are_dockers(tree, tmp_path):
     with tarfile.open(archive_of(tree, tmp_path / "t.tar")) as archive:
         raw = [member.name for member in archive]
