@@ -420,12 +420,14 @@ class EngineSuite:
                 pool.create_snap(SNAP, ORIGIN)
             (target / "after").write_bytes(b"after")
         snap = pool.activate("snap", SNAP, size)
-        check = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}[kind]
-        process.run([*check, str(snap)])
+        if kind == "ext4":
+            process.run(["e2fsck", "-f", "-n", str(snap)])
         options = "nouuid" if kind == "xfs" else ""
         with mounted(snap, tmp_path / "snap", kind, options) as target:
             assert (target / "before").read_bytes() == b"before" * 100_000
             assert not (target / "after").exists()
+        if kind == "xfs":  # a frozen xfs keeps its log dirty, for the mount to replay
+            process.run(["xfs_repair", "-n", str(snap)])
 
     def test_writes_wait_while_the_device_is_suspended(
         self, pool: ThinPool, mounted_origin: Path
@@ -562,6 +564,8 @@ class EngineSuite:
         write(origin, 0, b"x" * 4 * BLOCK)
         pool.create_snap(SNAP, ORIGIN)
         pool.commit()
+        with pytest.raises(UsageError):
+            pool.export_metadata(pool.table().metadata_device)
         copy = tmp_path / "copy"
         pool.export_metadata(copy)
         assert copy.stat().st_size == METADATA_SIZE

@@ -46,6 +46,7 @@ ERRORS: list[Exception] = [
     errors.ArchiveError("member", "why"),
     errors.PoolError("p"),
     errors.PoolNotFound("p"),
+    errors.PoolBusy(Path("/m"), "process 1"),
     errors.PoolFull(Space.METADATA, free=1, needed=2),
     errors.PoolUnusable("ro", "why"),
     errors.ThinIdError(3, "text"),
@@ -83,13 +84,18 @@ def test_errors_come_out_as_they_went_in(error):
     }
 
 
-def test_every_class_of_the_tree_is_tried():
+def test_every_class_of_the_tree_is_known():
     tree = {
         item
         for item in vars(errors).values()
         if isinstance(item, type) and issubclass(item, errors.DevmapperError)
     }
-    assert {type(error) for error in ERRORS} == tree
+    for kind in tree:
+        error = kind.__new__(kind, "text")
+        error.hint = "a hint"
+        again = protocol.unpack_error(protocol.pack_error(error))
+        assert type(again) is kind
+        assert vars(again) == {"hint": "a hint"}
 
 
 def test_an_oserror_keeps_errno_and_file():

@@ -9,7 +9,6 @@ import pytest
 from devmapper.engine import select
 from devmapper.engine.embedded import requirements, runtime
 from devmapper.engine.embedded.activation import TRANSITIONS, Event, next_state
-from devmapper.engine.embedded.copying import copy_sparse
 from devmapper.engine.port import Activation
 from devmapper.errors import EngineError, EnvironmentLacking, ThinBusy, UsageError
 from devmapper.linux import process
@@ -153,26 +152,6 @@ def test_every_state_and_event_has_an_answer():
                     next_state("d", state, event)
     reachable = {after for steps in TRANSITIONS.values() for after in steps.values()}
     assert reachable == set(Activation)
-
-
-def test_a_sparse_copy_is_equal_and_sparse(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    with open(source, "wb") as file:
-        file.truncate(64 << 20)
-        for offset in (0, 5 << 20, (64 << 20) - 4096):
-            file.seek(offset)
-            file.write(os.urandom(4096))
-    target.write_bytes(b"longer, and of another time")
-    copy_sparse(source, target)
-    assert target.read_bytes() == source.read_bytes()
-    assert target.stat().st_blocks <= source.stat().st_blocks + 16
-
-
-def test_a_copy_of_nothing_but_a_hole(tmp_path):
-    (tmp_path / "source").touch()
-    os.truncate(tmp_path / "source", 1 << 20)
-    copy_sparse(tmp_path / "source", tmp_path / "target")
-    assert (tmp_path / "target").read_bytes() == bytes(1 << 20)
 
 
 def test_the_kernel_engine_is_refused_in_one_sentence():

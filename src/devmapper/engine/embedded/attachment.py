@@ -36,7 +36,10 @@ def find(file: Path) -> Path | None:
     nodes = loop.find_by_backing_file(file)
     if not nodes:
         return None
-    there = os.stat(file)
+    try:
+        there = os.stat(file)
+    except FileNotFoundError:
+        return None  # taken off the export meanwhile
     for node in nodes:
         try:
             status = loop.find_status(node)

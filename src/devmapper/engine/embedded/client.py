@@ -26,7 +26,7 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
-from devmapper.errors import EngineError, PoolMismatch, ThinBusy
+from devmapper.errors import DevmapperError, EngineError, PoolMismatch, ThinBusy, UsageError
 from devmapper.units import Bytes, ThinId, TransactionId
 
 _CONNECT_SECONDS: Final = 10.0
@@ -79,8 +79,13 @@ class EmbeddedPoolClient:
 
     def export_metadata(self, target: Path) -> None:
         """Write a copy of the committed metadata to *target*, sparse and durable."""
-        from devmapper.engine.embedded.copying import copy_sparse
+        from devmapper.engine.embedded.metadata_copy import copy_sparse
 
+        table = self.table()
+        if target.exists() and any(
+            target.samefile(device) for device in (table.metadata_device, table.data_device)
+        ):
+            raise UsageError(f"{str(target)!r} is a device of the pool itself")
         copy = self._ask(Path, "export_metadata")
         try:
             copy_sparse(copy, target)
@@ -233,11 +238,11 @@ class EmbeddedPoolClient:
     def _info(self, entry: ExportedDevice) -> DeviceInfo | None:
         from devmapper.engine.embedded import attachment
 
-        try:
-            node = attachment.find(self._paths.exported(entry.name))
-        except FileNotFoundError:
-            return None  # its last user has just closed it
+        node = attachment.find(self._paths.exported(entry.name))
         if node is None:
+            if entry.state is Activation.LEAVING:
+                # Its last user has closed it: gone for the caller means gone for the pool as well
+                self._ask(Outcome, "deactivate", name=entry.name)
             return None
         users = attachment.users(node)
         return DeviceInfo(entry.name, entry.thin_id, entry.size, node, entry.state, users)
@@ -245,8 +250,8 @@ class EmbeddedPoolClient:
     def _connection(self) -> socket.socket:
         try:
             connection = runtime.connect(self._paths, _CONNECT_SECONDS)
-        except (FileNotFoundError, ConnectionRefusedError) as err:
-            raise EngineError(
+        except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as err:
+            raise protocol.Disconnected(
                 f"pool {self.name!r} has no engine process any more",
                 hint="the next command that needs the pool starts one",
             ) from err
@@ -283,12 +288,12 @@ class EmbeddedEngine:
 
     def find_pool(self, name: str) -> EmbeddedPoolClient | None:
         """The pool if an engine process holds it and answers."""
-        paths = runtime.paths_of(name)
+        pool = EmbeddedPoolClient(runtime.paths_of(name))
         try:
-            runtime.connect(paths, _CONNECT_SECONDS).close()
-        except (FileNotFoundError, ConnectionRefusedError):
+            pool.table()
+        except protocol.Disconnected:
             return None
-        return EmbeddedPoolClient(paths)
+        return pool
 
     def activate_pool(self, name: str, table: PoolTable) -> EmbeddedPoolClient:
         """The pool, held by an engine process, which is started if there is none.
@@ -311,7 +316,14 @@ class EmbeddedEngine:
             starting.await_end(paths, _END_SECONDS)
             leftovers.clear(paths)
             runtime.make_directories(paths)
-            starting.start(paths, wanted, lock_fd)
+            try:
+                starting.start(paths, wanted, lock_fd)
+            except starting.NotReady:
+                raise  # all that is known about it is in the directory
+            except (DevmapperError, OSError):
+                starting.await_end(paths, _END_SECONDS)
+                leftovers.clear(paths)
+                raise
         return EmbeddedPoolClient(paths)
 
     def deactivate_pool(self, name: str) -> Outcome:

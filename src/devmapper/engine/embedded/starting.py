@@ -22,6 +22,10 @@ _MODULE: Final = "devmapper.engine.embedded.server"
 _LOG_TAIL: Final = 2000
 
 
+class NotReady(EngineError):
+    """The engine process neither serves nor says why; its log may."""
+
+
 def start(paths: runtime.Paths, table: PoolTable, lock_fd: int) -> None:
     """Start the engine process and return when it serves; what it could not do is raised here.
 
@@ -47,7 +51,7 @@ def start(paths: runtime.Paths, table: PoolTable, lock_fd: int) -> None:
     finally:
         os.close(reader)
     if not answer:
-        raise EngineError(
+        raise NotReady(
             f"engine process of pool {paths.directory.name!r} ended while it started:"
             f" {_last_line(paths.log)}",
             hint=f"see {paths.log}",
@@ -88,7 +92,7 @@ def _read_to_end(fd: int, paths: runtime.Paths) -> bytes:
     while True:
         ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise EngineError(
+            raise NotReady(
                 f"engine process of pool {paths.directory.name!r} was not ready after"
                 f" {START_SECONDS:.0f} seconds",
                 hint=f"see {paths.log}",

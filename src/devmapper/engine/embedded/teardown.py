@@ -8,13 +8,16 @@ devices go away when their last user closes them.
 """
 
 import sys
+from typing import Final
 
 from devmapper.engine.embedded import freezing, runtime
 from devmapper.engine.embedded.client import EmbeddedEngine, EmbeddedPoolClient
 from devmapper.engine.port import DeviceInfo
 from devmapper.errors import DevmapperError
-from devmapper.linux import mount
+from devmapper.linux import mount, process
 from devmapper.linux.holders import holders
+
+_SYNC_SECONDS: Final = 30.0
 
 
 def take_down(pool: EmbeddedPoolClient, *, force: bool) -> list[str]:
@@ -33,10 +36,15 @@ def take_down(pool: EmbeddedPoolClient, *, force: bool) -> list[str]:
 
 
 def _unmount(device: DeviceInfo, *, force: bool) -> None:
-    flags = mount.UmountFlag.DETACH if force else 0
     for point in reversed(freezing.mount_points(device.path)):
-        if point.own:
-            mount.unmount(point.path, flags=flags)
+        if not point.own:
+            continue
+        if force:
+            # Whoever has files open will find their disk gone; what they wrote must not be
+            process.run(["sync", "--file-system", str(point.path)], timeout=_SYNC_SECONDS)
+            mount.unmount(point.path, flags=mount.UmountFlag.DETACH)
+        else:
+            mount.unmount(point.path)
 
 
 def main(argv: list[str]) -> int:
