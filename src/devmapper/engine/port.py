@@ -174,4 +174,7 @@ class Engine(Protocol):
         """Activate; metadata whose first block is zero are formatted, as the kernel does it."""
 
     def deactivate_pool(self, name: str) -> Outcome:
-        """Commit and let go of it; `ThinBusy` while a device on it is active."""
+        """Commit and let go of it; not active is ALREADY.
+
+        `ThinBusy` while a device on it is in use; idle devices are deactivated with it.
+        """
