@@ -101,7 +101,7 @@ def mounts(tmp_path):
             mount.unmount(point, flags=mount.UmountFlag.DETACH)
 
 
-def starter_arguments(rig):
+def starter_arguments(rig: Rig) -> tuple[object, ...]:
     table = rig.table
     return (POOL, table.metadata_device, table.data_device, table.data_size, table.block_size)
 
@@ -144,7 +144,9 @@ class PoolLoad:
             pass
 
 
-def run_until_killed(rig: Rig, pool: EmbeddedPoolClient, mounts, first: int, after: float):
+def run_until_killed(
+    rig: Rig, pool: EmbeddedPoolClient, mounts: dict[str, Path], first: int, after: float
+) -> tuple[dict[str, set[int]], PoolLoad]:
     """Load the pool, kill its engine; returns acknowledged markers per layer and the pool's."""
     markers: dict[str, set[int]] = {}
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,7 @@ def target(rig, tmp_path):
         mount.unmount(point, flags=mount.UmountFlag.DETACH)
 
 
-def read_again(rig, point):
+def read_again(rig: Rig, point: Path) -> str:
     mount.mount(rig.activate().activate("layer", LAYER, SIZE), point, "ext4")
     try:
         return (point / "file").read_text()
@@ -50,7 +51,7 @@ def read_again(rig, point):
         mount.unmount(point)
 
 
-def wait_for_log(rig, words):
+def wait_for_log(rig: Rig, words: str) -> None:
     deadline = time.monotonic() + 30
     while words not in rig.paths.log.read_text():
         assert time.monotonic() < deadline, rig.paths.log.read_text()
