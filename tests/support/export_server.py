@@ -18,8 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from devmapper.engine.embedded.export import Export
+from devmapper.engine.port import PoolTable
 from devmapper.linux import files, mount
-from devmapper.units import Bytes
+from devmapper.units import MIB, Bytes, ThinId
 
 BLOCK_SIZE = Bytes(64 * 1024)
 
@@ -119,6 +120,18 @@ class _Commands:
 
     def add_file(self, name: str, path: str) -> None:
         self._targets[name] = FileTarget(path)
+        self._export.add(name, self._targets[name])
+
+    def add_thin(self, name: str, directory: str, size: int) -> None:
+        """A new pool on two sparse files in *directory*, and a thin device of it."""
+        from devmapper.engine.embedded.pool import EmbeddedPool
+
+        metadata, data = Path(directory) / "metadata", Path(directory) / "data"
+        files.make_sparse(metadata, Bytes(64 * MIB))
+        files.make_sparse(data, Bytes(size * 2))
+        pool = EmbeddedPool.open(PoolTable(metadata, data, Bytes(size * 2), BLOCK_SIZE))
+        pool.create_thin(ThinId(1))
+        self._targets[name] = pool.open_device(ThinId(1), Bytes(size))
         self._export.add(name, self._targets[name])
 
     def remove(self, name: str, timeout: float) -> None:
