@@ -29,7 +29,7 @@ from devmapper.deviceset.status import (
     dev_status,
     graph_status,
 )
-from devmapper.deviceset.steps import Checkpoint, no_checkpoint
+from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
 from devmapper.engine.port import Engine, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
@@ -263,17 +263,13 @@ class DeviceSet:
         self._graph.close()
 
     def _prepare_home(self, *, create: bool) -> None:
-        if self._home.is_dir():
-            return
-        if not create:
-            raise PoolNotFound(f"graph {str(self._home)!r} does not exist")
-        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if create:
+            self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        elif not (self._home / "metadata").is_dir():
+            raise PoolNotFound(f"there is no graph in {str(self._home)!r}")
 
     def _open(self, *, do_init: bool) -> None:
-        store = self._graph.store
-        if not do_init and not store.directory.is_dir():
-            raise PoolNotFound(f"graph {str(self._home)!r} was never initialised")
-        store.prepare()
+        self._graph.store.prepare()
         pool, activated = self._activate(create=do_init)
         try:
             session = self._graph.adopt(pool)
@@ -320,6 +316,7 @@ class DeviceSet:
             with self._graph.session() as session:
                 self._mounts.activate(session, layer, record)
             self._graph.pool.discard_device(self._graph.names.device(layer))
+            self._graph.checkpoint(Step.THIN_DISCARDED)
         except (DevmapperError, OSError) as err:
             log.info("layer %r was not discarded: %s", file_name(layer), err)
 

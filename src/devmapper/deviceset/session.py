@@ -89,9 +89,8 @@ class Session:
         self._ids = ThinIds((), 0)
 
     def refresh(self) -> None:
-        """Recover and load again, unless the pool is where our own last transaction left it."""
-        now = self.pool.status().transaction_id
-        if self._journal.settled and now == self._journal.transaction_id:
+        """Recover and load again, unless everything is as our own last transaction left it."""
+        if self._journal.is_undisturbed():
             return
         if self._journal.recover():
             log.info("recovered an interrupted operation")

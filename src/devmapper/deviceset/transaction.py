@@ -131,6 +131,16 @@ class Journal:
         self.settled = True
         self.checkpoint(Step.COMMITTED)
 
+    def is_undisturbed(self) -> bool:
+        """Whether nothing happened since our own last transaction.
+
+        Another process moves the pool's id; one that died on its way has left its intent.
+        """
+        if not self.settled or self.pool.status().transaction_id != self.transaction_id:
+            return False
+        intent = self.store.load_transaction()
+        return intent is None or intent.open_transaction_id == self.transaction_id
+
     def recover(self) -> bool:
         """Bring files and pool together again; whether something had to be done.
 

@@ -1,0 +1,64 @@
+"""Graphs for tests: small, and looked at afterwards with eyes of their own."""
+
+import json
+from pathlib import Path
+
+from devmapper.deviceset.deviceset import DeviceSet
+from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
+from tests.support import capabilities, thin_tools
+from tests.support.local_engine import LocalEngine
+
+SMALL = (
+    "dm.loopdatasize=4M",
+    "dm.loopmetadatasize=4M",
+    "dm.basesize=8M",
+    "dm.mkfsarg=-q",
+)
+
+
+class SimulatedCrash(BaseException):
+    """No `Exception`: nothing on its way may tidy up."""
+
+
+class CrashAt:
+    """A checkpoint that crashes when *step* comes up for the *nth* time, and notes what came up."""
+
+    def __init__(self, step: Step | None, *, nth: int = 1) -> None:
+        self._step = step
+        self._left = nth
+        self.seen: list[Step] = []
+
+    def __call__(self, step: Step) -> None:
+        self.seen.append(step)
+        if step is self._step:
+            self._left -= 1
+            if self._left == 0:
+                raise SimulatedCrash
+
+
+def open_small(
+    home: Path, engine: LocalEngine, *options: str, checkpoint: Checkpoint = no_checkpoint
+) -> DeviceSet:
+    return DeviceSet(home, (*SMALL, *options), engine=engine, checkpoint=checkpoint)
+
+
+def records(home: Path) -> dict[str, dict[str, object]]:
+    """The layers' records as they lie on disk."""
+    found = {}
+    for path in (home / "metadata").iterdir():
+        if path.name not in ("deviceset-metadata", "transaction-metadata"):
+            assert not path.name.startswith(".tmp"), "a temporary file was left"
+            found[path.name] = json.loads(path.read_bytes())
+    return found
+
+
+def check_consistent(home: Path, devices: DeviceSet) -> None:
+    """No thin id without a record, no record without a thin id, thin_check clean."""
+    devices.pool.commit()
+    present = set(devices.pool.thin_ids())
+    ids = [record["device_id"] for record in records(home).values()]
+    assert len(ids) == len(set(ids)), "two layers share a thin id"
+    assert set(ids) == present
+    assert list(devices.inconsistencies()) == []
+    if not capabilities.tools():
+        assert thin_tools.thin_check(home / "devicemapper" / "metadata")
