@@ -1,0 +1,234 @@
+"""Commands about layers as a whole: make, mount, list, look at, remove."""
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from devmapper.cli import border
+from devmapper.cli.arguments import Layer, Layers, NewLayer, Parent
+from devmapper.cli.output import Column, pairs, show, table
+from devmapper.cli.settings import check_layer_ids, opened_driver, settings_of
+from devmapper.errors import DevmapperError, LayerNotFound
+
+if TYPE_CHECKING:
+    from devmapper.driver import Driver, LayerUsage
+
+_COLUMNS: Final = (
+    Column("ID"),
+    Column("SIZE", is_number=True),
+    Column("MAPPED", is_number=True),
+    Column("EXCLUSIVE", is_number=True),
+    Column("SHARED", is_number=True),
+    Column("STATE"),
+)
+
+
+def info(context: typer.Context) -> None:
+    """Show the driver's state, as docker info does.
+
+    Example: devmapper info
+    """
+    settings = settings_of(context)
+    with opened_driver(settings) as driver:
+        status = driver.devices.status()
+        rows = driver.status()
+        layers = len(driver.layers())
+    value = {
+        "driver": str(driver),
+        "root": str(settings.root),
+        "engine": status.engine,
+        "layers": layers,
+        "status": dict(rows),
+    }
+    show(settings, value, f"Storage Driver: {driver}\n{pairs(rows)}")
+
+
+def create(
+    context: typer.Context,
+    layer: NewLayer,
+    parent: Parent = "",
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="Size of the layer, such as 20G.")
+    ] = "",
+) -> None:
+    """Make a layer.
+
+    It is a snapshot of its parent, or of the empty base layer, and takes no space of its own until
+    it is written to. The graph and its pool are made, too, if there are none yet.
+
+    Example: devmapper create web1 --parent debian
+    """
+    settings = settings_of(context)
+    check_layer_ids(layer, *filter(None, [parent]))
+    options = None
+    if size:
+        from devmapper.units import parse_size
+
+        options = {"size": str(parse_size(size))}
+    with opened_driver(settings, create=True) as driver:
+        driver.create(layer, parent, storage_opt=options)
+    show(settings, {"id": layer, "parent": parent})
+
+
+def get(context: typer.Context, layer: Layer) -> None:
+    """Mount a layer and print the directory with its files.
+
+    A layer that is mounted already stays as it is; one put unmounts it.
+
+    Example: ls "$(devmapper get web1)"
+    """
+    settings = settings_of(context)
+    check_layer_ids(layer)
+    with opened_driver(settings) as driver:
+        path = driver.get(layer)
+    show(settings, {"id": layer, "path": path}, path)
+
+
+def put(context: typer.Context, layer: Layer) -> None:
+    """Unmount a layer that get has mounted.
+
+    Example: devmapper put web1
+    """
+    settings = settings_of(context)
+    check_layer_ids(layer)
+    with opened_driver(settings) as driver:
+        if not driver.exists(layer):
+            raise LayerNotFound(layer)
+        driver.put(layer)
+    show(settings, {"id": layer})
+
+
+def rm(context: typer.Context, layers: Layers) -> None:
+    """Remove layers.
+
+    The blocks that only they use are free again. Each layer is removed for itself: one that cannot
+    be removed does not keep the others.
+
+    Example: devmapper rm web1 web2
+    """
+    settings = settings_of(context)
+    check_layer_ids(*layers)
+    removed = []
+    failed = 0
+    with opened_driver(settings) as driver:
+        for layer in layers:
+            try:
+                if not driver.exists(layer):
+                    raise LayerNotFound(layer)
+                driver.remove(layer)
+                removed.append(layer)
+            except (DevmapperError, OSError) as err:
+                status = border.report(err, settings)
+                failed = failed or status
+    show(settings, {"removed": removed})
+    if failed:
+        raise typer.Exit(failed)
+
+
+def exists(context: typer.Context, layer: Layer) -> None:
+    """Tell by the exit code if a layer exists.
+
+    It ends with 0 if the layer exists, with 1 if it does not, without a word.
+
+    Example: devmapper exists web1 && echo yes
+    """
+    settings = settings_of(context)
+    check_layer_ids(layer)
+    with opened_driver(settings) as driver:
+        found = driver.exists(layer)
+    show(settings, {"id": layer, "exists": found})
+    if not found:
+        raise typer.Exit(1)
+
+
+def ls(context: typer.Context) -> None:
+    """List the layers and the space they take.
+
+    EXCLUSIVE is what removing the layer gives back; SHARED blocks are also another layer's. The
+    base layer, which every layer without a parent starts from, is listed as "base".
+
+    Example: devmapper ls
+    """
+    from devmapper.units import human_size
+
+    settings = settings_of(context)
+    with opened_driver(settings) as driver:
+        usage = driver.usage()
+        states = _states(driver, usage)
+    if settings.json:
+        show(settings, [_describe(each, states[each.id]) for each in usage])
+        return
+    table(
+        _COLUMNS,
+        [
+            [
+                each.id,
+                *map(human_size, (each.size, each.mapped, each.exclusive, each.shared)),
+                _state(*states[each.id]),
+            ]
+            for each in usage
+        ],
+    )
+
+
+def inspect(context: typer.Context, layer: Layer) -> None:
+    """Show all that is known about one layer.
+
+    Example: devmapper --json inspect web1
+    """
+    settings = settings_of(context)
+    check_layer_ids(layer)
+    with opened_driver(settings) as driver:
+        if not driver.exists(layer):
+            raise LayerNotFound(layer)
+        details = driver.devices.dev_info(layer)
+        path = driver.devices.device_path(layer)
+        usage = [each for each in driver.usage() if each.id == layer]
+        mounted = driver.devices.is_mounted(layer)
+        mount_point = driver.home / "mnt" / layer
+    if not usage:
+        raise LayerNotFound(layer)
+    value = {
+        **_describe(usage[0], (path is not None, mounted)),
+        "transaction_id": details.transaction_id,
+        "initialized": details.initialized,
+        "device_name": details.name(),
+        "device_path": None if path is None else str(path),
+        "mount_point": str(mount_point) if mounted else None,
+    }
+    rows = [
+        (name.replace("_", " ").capitalize(), "-" if item is None else str(item))
+        for name, item in value.items()
+    ]
+    show(settings, value, pairs(rows))
+
+
+def _states(driver: "Driver", usage: "list[LayerUsage]") -> dict[str, tuple[bool, bool]]:
+    """For each layer whether it is active, and whether it is mounted."""
+    active = {device.thin_id for device in driver.devices.pool.devices()}
+    found = {}
+    for each in usage:
+        is_active = each.thin_id in active
+        layer = "" if each.id == "base" else each.id
+        found[each.id] = (is_active, is_active and driver.devices.is_mounted(layer))
+    return found
+
+
+def _describe(usage: "LayerUsage", state: tuple[bool, bool]) -> dict[str, object]:
+    active, mounted = state
+    return {
+        "id": usage.id,
+        "device_id": usage.thin_id,
+        "size": usage.size,
+        "mapped": usage.mapped,
+        "exclusive": usage.exclusive,
+        "shared": usage.shared,
+        "active": active,
+        "mounted": mounted,
+    }
+
+
+def _state(active: bool, mounted: bool) -> str:
+    if mounted:
+        return "mounted"
+    return "active" if active else "-"

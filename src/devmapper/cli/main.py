@@ -1,0 +1,138 @@
+"""The command `devmapper`: its options, its commands, its end."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from devmapper.cli import border, content, engine, layers, pool
+from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
+from devmapper.errors import UsageError
+
+_LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+app = typer.Typer(
+    name=border.PROGRAM,
+    rich_markup_mode=None,  # rich would double the time that a command takes to start
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(border.PROGRAM, version("devmapper"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    root: Annotated[
+        str,
+        typer.Option(
+            "--root", metavar="DIR", envvar="DEVMAPPER_ROOT", help="Directory of the graph."
+        ),
+    ] = str(DEFAULT_ROOT),
+    storage_opt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--storage-opt",
+            metavar="KEY=VALUE",
+            envvar="DEVMAPPER_STORAGE_OPT",
+            help="An option of the driver, such as dm.basesize=20G; repeatable.",
+        ),
+    ] = None,
+    engine_name: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            envvar="DEVMAPPER_ENGINE",
+            help="Who serves the pool: auto, kernel or embedded.",
+        ),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "-v",
+            "--verbose",
+            count=True,
+            help="Say what is done; twice, say more.",
+            show_default=False,
+        ),
+    ] = 0,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Copy-on-write layers for containers, each a thin device in one pool.
+
+    A layer is a snapshot of its parent: made in milliseconds, and only what is written to it takes
+    space. The options stand before the command.
+
+    Example: devmapper --root /srv/layers import debian rootfs.tar
+    """
+    settings = settings_of(context)
+    settings.json = as_json
+    settings.verbose = verbose
+    _log_to_stderr(verbose)
+    if not root or "\0" in root:
+        raise UsageError(f"root {root!r} is not a directory")
+    settings.root = Path(root)
+    settings.storage_options = storage_opt or []
+    settings.engine = preference(engine_name)
+
+
+def _log_to_stderr(verbose: int) -> None:
+    logging.basicConfig(
+        level=_LEVELS[min(verbose, len(_LEVELS) - 1)],
+        format=f"{border.PROGRAM}: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+for command in (
+    layers.info,
+    layers.create,
+    layers.get,
+    layers.put,
+    layers.rm,
+    layers.ls,
+    layers.inspect,
+    layers.exists,
+    content.diff,
+    content.changes,
+    content.apply,
+):
+    app.command()(command)
+app.command("import")(content.import_)
+app.add_typer(pool.app, name="pool")
+app.add_typer(engine.app, name="engine")
+
+
+def main() -> None:
+    """Run the command line of this process and end it."""
+    words = sys.argv[1:] or ["--help"]
+    settings = Settings(json="--json" in words)  # until the options have been read
+    command = typer.main.get_command(app)
+
+    def invoke() -> int:
+        result = command.main(words, prog_name=border.PROGRAM, standalone_mode=False, obj=settings)
+        return result if isinstance(result, int) else 0
+
+    status = border.run(invoke, settings)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Commands about the pool: how full it is, whether it is sound, what is in it, its growth."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from devmapper.cli.output import new_file, pairs, progress, show
+from devmapper.cli.settings import (
+    Settings,
+    opened_driver,
+    require_graph,
+    require_root,
+    settings_of,
+)
+from devmapper.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from devmapper.deviceset.status import DiskUsage
+    from devmapper.thin.damage import CheckReport, Damage
+
+app = typer.Typer(help="Look at the pool, check it, dump it, enlarge it.")
+
+MetadataFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="[METADATA_FILE]",
+        help="Metadata of a pool that is not in use; without it, those of the graph's own pool.",
+    ),
+]
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """Show how full the pool is.
+
+    Example: devmapper pool status
+    """
+    from devmapper.linux.files import allocated_bytes
+    from devmapper.units import human_size
+
+    settings = settings_of(context)
+    with opened_driver(settings) as driver:
+        found = driver.devices.status()
+    allocated = allocated_bytes(Path(found.data_loopback)) if found.data_loopback else None
+    value = {
+        "name": found.pool_name,
+        "engine": found.engine,
+        "mode": str(found.mode),
+        "needs_check": found.needs_check,
+        "transaction_id": found.transaction_id,
+        "block_size": found.sector_size,
+        "data": _usage(found.data),
+        "metadata": _usage(found.metadata),
+        "data_file": found.data_file,
+        "metadata_file": found.metadata_file,
+        "data_file_allocated": allocated,
+    }
+    rows = [
+        ("Pool Name", found.pool_name),
+        ("Engine", found.engine),
+        ("Mode", f"{found.mode}{', needs_check' if found.needs_check else ''}"),
+        ("Transaction Id", str(found.transaction_id)),
+        ("Block Size", human_size(found.sector_size)),
+        ("Data Space", _words(found.data)),
+        ("Metadata Space", _words(found.metadata)),
+        ("Data file", found.data_file),
+        ("Metadata file", found.metadata_file),
+    ]
+    if allocated is not None:
+        rows.append(("Data file takes on disk", human_size(allocated)))
+    show(settings, value, pairs(rows))
+
+
+@app.command()
+def resize(
+    context: typer.Context,
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="The new size of data, such as 200G.")
+    ],
+) -> None:
+    """Let the data of the pool grow.
+
+    Layers may be mounted meanwhile. A pool cannot shrink.
+
+    Example: devmapper pool resize 200G
+    """
+    from devmapper.units import parse_size
+
+    settings = settings_of(context)
+    wanted = parse_size(size)
+    with opened_driver(settings) as driver:
+        driver.devices.resize_pool(wanted)
+        found = driver.devices.status()
+    show(settings, {"name": found.pool_name, "data": _usage(found.data)})
+
+
+@app.command()
+def check(context: typer.Context, metadata_file: MetadataFile = "") -> None:
+    """Check pool metadata and list all damage.
+
+    Nothing is changed. With METADATA_FILE neither root nor an engine is needed. The pool of a
+    running engine is checked in the state of its last commit.
+
+    Example: devmapper pool check /var/lib/devmapper/devicemapper/metadata
+    """
+    from devmapper.thin.blocks import FileDevice
+    from devmapper.thin.check import check as check_metadata
+
+    settings = settings_of(context)
+    with (
+        _metadata(settings, metadata_file) as (path, name),
+        FileDevice.open(path, read_only=True) as device,
+        progress("check", device.nr_blocks, is_bytes=False) as advance,
+    ):
+        done = 0
+
+        def advanced(read: int, _total: int) -> None:
+            nonlocal done
+            if advance is not None:
+                advance(read - done)
+            done = read
+
+        report = check_metadata(device, progress=advanced)
+    show(settings, _describe(report, name), _in_words(report, name))
+    if not report.clean:
+        raise IntegrityError(
+            f"metadata {name!r} have damage: {len(report.damages)} findings",
+            hint="stop the engine and keep a copy of the file; thin_repair may rebuild it",
+        )
+
+
+@app.command()
+def dump(
+    context: typer.Context,
+    metadata_file: MetadataFile = "",
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="Write to this file.")
+    ] = "",
+) -> None:
+    """Print pool metadata as XML.
+
+    The format is that of thin_dump, and thin_restore reads it. With METADATA_FILE neither root nor
+    an engine is needed.
+
+    Example: devmapper pool dump -o pool.xml
+    """
+    import sys
+
+    from devmapper.thin.blocks import FileDevice
+    from devmapper.thin.dump import dump as dump_metadata
+
+    settings = settings_of(context)
+    with (
+        _metadata(settings, metadata_file) as (path, _),
+        FileDevice.open(path, read_only=True) as device,
+    ):
+        if not output:
+            sys.stdout.writelines(dump_metadata(device))
+            return
+        with new_file(Path(output)) as file:
+            file.writelines(piece.encode("ascii") for piece in dump_metadata(device))
+
+
+@contextmanager
+def _metadata(settings: Settings, file: str) -> Iterator[tuple[Path, str]]:
+    """Metadata that nobody writes to meanwhile, and what they are called.
+
+    Those of the graph's own pool are copied if an engine holds it: while it works, the blocks of
+    the file belong to different transactions.
+    """
+    if file:
+        yield Path(file), file
+        return
+    require_root()
+    require_graph(settings)
+    import tempfile
+
+    from devmapper.deviceset.names import GraphNames
+    from devmapper.deviceset.options import parse_options
+    from devmapper.engine.select import choose_engine
+
+    own = parse_options(settings.storage_options).metadata_device
+    own = own or settings.root / "devicemapper" / "metadata"
+    pool = choose_engine(settings.engine).find_pool(GraphNames.of(settings.root).pool)
+    if pool is None:
+        yield own, str(own)
+        return
+    with tempfile.TemporaryDirectory(prefix="devmapper-") as directory:
+        copy = Path(directory) / "metadata"
+        pool.export_metadata(copy)
+        yield copy, str(own)
+
+
+def _usage(usage: "DiskUsage") -> dict[str, int]:
+    return {"used": usage.used, "total": usage.total, "available": usage.available}
+
+
+def _words(usage: "DiskUsage") -> str:
+    from devmapper.units import human_size
+
+    return (
+        f"{human_size(usage.used)} used of {human_size(usage.total)},"
+        f" {human_size(usage.available)} available"
+    )
+
+
+def _describe(report: "CheckReport", name: str) -> dict[str, object]:
+    return {
+        "metadata": name,
+        "clean": report.clean,
+        "needs_check": report.needs_check,
+        "leaked_data_blocks": report.leaked_data_blocks,
+        "leaked_metadata_blocks": report.leaked_metadata_blocks,
+        "damages": [_describe_damage(damage) for damage in report.damages],
+        "notes": [_describe_damage(note) for note in report.notes],
+    }
+
+
+def _describe_damage(damage: "Damage") -> dict[str, object]:
+    return {
+        "kind": str(damage.kind),
+        "space": damage.space,
+        "block": damage.block,
+        "nr_blocks": damage.nr_blocks,
+        "thin_ids": list(damage.thin_ids),
+        "message": str(damage),
+    }
+
+
+def _in_words(report: "CheckReport", name: str) -> str:
+    lines = [str(damage) for damage in report.damages]
+    lines += [f"note: {note}" for note in report.notes]
+    if report.needs_check:
+        lines.append("the pool asks for a check (needs_check)")
+    if report.clean:
+        lines.append(f"{name}: no damage")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""The options before the command, and the driver that a command opens with them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from devmapper.errors import EnvironmentLacking, PoolNotFound, UsageError
+
+if TYPE_CHECKING:
+    import typer
+
+    from devmapper.driver import Driver
+    from devmapper.engine.select import Preference
+
+DEFAULT_ROOT: Final = Path("/var/lib/devmapper")
+PREFERENCES: Final = ("auto", "kernel", "embedded")
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the user wrote before the command; filled in while the command line is read."""
+
+    root: Path = DEFAULT_ROOT
+    storage_options: list[str] = field(default_factory=list)
+    engine: "Preference" = "auto"
+    json: bool = False
+    verbose: int = 0
+
+
+def settings_of(context: "typer.Context") -> Settings:
+    """The settings of the command line that *context* belongs to."""
+    found = context.obj
+    if not isinstance(found, Settings):
+        raise TypeError(f"settings expected, not {type(found).__name__}")
+    return found
+
+
+def preference(text: str) -> "Preference":
+    """Check what was given for `--engine`."""
+    match text:
+        case "auto" | "kernel" | "embedded":
+            return text
+        case _:
+            raise UsageError(f"engine {text!r} is none of {', '.join(PREFERENCES)}")
+
+
+def check_layer_ids(*ids: str) -> None:
+    """`UsageError` before anything is opened or made."""
+    from devmapper.deviceset.names import layer_id
+
+    for text in ids:
+        layer_id(text)
+
+
+@contextmanager
+def opened_driver(settings: Settings, *, create: bool = False) -> Iterator["Driver"]:
+    """The driver of the graph; what is mounted when the command ends stays mounted.
+
+    Without *create* a graph that is not there is `PoolNotFound`, and nothing is made.
+    """
+    require_root()
+    if not create:
+        require_graph(settings)
+    from devmapper.driver import init
+
+    driver = init(settings.root, settings.storage_options, engine=settings.engine)
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def require_root() -> None:
+    """Say in the words of a user what all layers need."""
+    if os.geteuid() != 0:
+        raise EnvironmentLacking(
+            "layers are mounted file systems, which only root can make",
+            hint="run the command with sudo; pool check FILE and pool dump FILE need no root",
+        )
+
+
+def require_graph(settings: Settings) -> None:
+    """`PoolNotFound` if nothing was ever made in the root."""
+    if not (settings.root / "metadata").is_dir():
+        raise PoolNotFound(
+            f"there is no graph in {str(settings.root)!r}",
+            hint="devmapper create and devmapper import make one; --root names another place",
+        )
