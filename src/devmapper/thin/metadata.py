@@ -272,8 +272,12 @@ class PoolMetadata:
 
     @property
     def metadata_reserve(self) -> int:
-        """Free metadata blocks that only deleting and committing may use."""
-        return min(_MAX_RESERVE, self._metadata.nr_blocks // 10)
+        """Free metadata blocks that only deleting and committing may use.
+
+        As large as the kernel's, and enough to delete any thin device.
+        """
+        as_kernel = min(_MAX_RESERVE, self._metadata.nr_blocks // 10)
+        return max(as_kernel, self._delete_cost(self._data.nr_allocated) - 2 * _PATH)
 
     @property
     def held_root(self) -> int | None:
@@ -617,8 +621,8 @@ class PoolMetadata:
 
     def _delete_cost(self, mapped: int) -> int:
         """What letting go of *mapped* mappings takes: counts and bitmaps of data blocks."""
-        overflow = self._data.overflow_cost(mapped) if mapped else 0
-        return 3 * _PATH + overflow + self._data.flush_cost(mapped) - self._data.flush_cost()
+        overflow = self._data.overflow_cost(mapped, growing=False)
+        return 2 * _PATH + overflow + self._data.flush_cost(mapped) - self._data.flush_cost()
 
     def _write_superblock(self, superblock: Superblock) -> None:
         raw = checksum.seal(superblock.pack(), layout.SUPERBLOCK)

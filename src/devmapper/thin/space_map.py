@@ -90,11 +90,14 @@ class SpaceMap:
     def nr_overflow_changes(self) -> int:
         return len(self._overflow)
 
-    def overflow_cost(self, changes: int) -> int:
-        """Metadata blocks that *changes* of counts above two can take at most when flushed."""
+    def overflow_cost(self, changes: int, *, growing: bool = True) -> int:
+        """Metadata blocks that *changes* of counts above two can take at most when flushed.
+
+        Where counts only go down (not *growing*) the tree gets no new leaves.
+        """
         if not changes:
             return 0
-        return min(changes, self._count_leaves) + changes // 80 + 6
+        return min(changes, self._count_leaves) + (changes // 80 if growing else 0) + 6
 
     def count(self, block: int) -> int:
         bitmap, at = self._place(block)
