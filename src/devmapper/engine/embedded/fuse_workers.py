@@ -108,7 +108,13 @@ class FuseWorkers:
             self._next_number += 1
             worker = _Worker(self, self._next_number, extra=extra, first=first)
             self._workers = (*self._workers, worker)
-        worker.thread.start()
+        try:
+            worker.thread.start()
+        except RuntimeError:  # no more threads for this process
+            self.forget(worker)
+            if not extra:
+                raise
+            log.warning("cannot start another thread for the export")
 
     def _watch(self) -> None:
         poller = select.poll()
@@ -199,33 +205,40 @@ class _Worker:
             self._pool.forget(self)
 
     def _serve(self) -> None:
-        fd, prefix, files = self._pool.fd, self._prefix, self._pool.files
-        into = (prefix, self._data)
-        readv, unpack = os.readv, REQUEST.unpack_from
+        fd, into = self._pool.fd, (self._prefix, self._data)
         while True:
             try:
-                received = readv(fd, into)
+                received = os.readv(fd, into)
             except OSError as err:
                 if err.errno in _TRY_AGAIN:
                     continue
                 if err.errno not in _GONE:
                     log.exception("cannot read requests of the export")
                 return
-            opcode, unique, node_id, offset, length = unpack(prefix)
-            file = files.get(node_id)
-            if file is None:
-                self._answer(opcode, unique, node_id, received)
-            elif opcode in (_READ, _WRITE):
-                self._move(file, opcode, unique, offset, length)
-            elif opcode == _FSYNC:
-                self._other(file, Request(opcode, unique, 0, 0, 0, _NO_DATA))
-            elif opcode == _FALLOCATE:
-                _, start, count, mode, _ = FALLOCATE_IN.unpack_from(prefix, IN_HEADER.size)
-                self._other(file, Request(opcode, unique, start, count, mode, _NO_DATA))
-            else:
-                self._answer(opcode, unique, node_id, received)
+            try:
+                self._dispatch(received)
+            except Exception as err:  # noqa: BLE001 - such as no memory; the thread has to go on
+                self.current = None
+                _, _, unique, *_ = IN_HEADER.unpack_from(self._prefix)
+                self._send_error(unique, _errno_of(err, None))
             if self._extra and self._is_surplus():
                 return
+
+    def _dispatch(self, received: int) -> None:
+        # Offset and length are those of a READ or a WRITE; nonsense for the others
+        opcode, unique, node_id, offset, length = REQUEST.unpack_from(self._prefix)
+        file = self._pool.files.get(node_id)
+        if file is None:
+            self._answer(opcode, unique, node_id, received)
+        elif opcode in (_READ, _WRITE):
+            self._move(file, opcode, unique, offset, length)
+        elif opcode == _FSYNC:
+            self._other(file, Request(opcode, unique, 0, 0, 0, _NO_DATA))
+        elif opcode == _FALLOCATE:
+            _, start, count, mode, _ = FALLOCATE_IN.unpack_from(self._prefix, IN_HEADER.size)
+            self._other(file, Request(opcode, unique, start, count, mode, _NO_DATA))
+        else:
+            self._answer(opcode, unique, node_id, received)
 
     def _is_surplus(self) -> bool:
         self._surplus_seen = self._surplus_seen + 1 if self._pool.surplus() else 0
@@ -234,7 +247,9 @@ class _Worker:
     def _move(self, file: ExportedFile, opcode: int, unique: int, offset: int, length: int) -> None:
         view = self._views.get(length)
         if view is None:
-            view = self._views[length] = self._data[:length]
+            view = self._data[:length]
+            if not length & _SECTOR_MASK:
+                self._views[length] = view
         if file.stalled and file.keep_for_later(
             Request(opcode, unique, offset, length, 0, view if opcode == _WRITE else _NO_DATA)
         ):
