@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +34,45 @@ def attach(file: Path) -> Path:
 
 def find(file: Path) -> Path | None:
     """The loop device on *file*; one that stands on a dead export by the same name is not it."""
-    nodes = loop.find_by_backing_file(file)
+    return _find_among(file, loop.find_by_backing_file(file))
+
+
+def detach(node: Path) -> bool:
+    """Detach a loop device; False if it is in use."""
+    timeout = 0.0 if mount.mounts_of(device_number(node)) else _PROBE_SECONDS
+    try:
+        loop.detach(node, timeout=timeout)
+    except OSError as err:
+        if err.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
+class Survey:
+    """All loop devices and mounts at one moment: one look at the system for many questions."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[Path, list[Path]] = {}
+        for node, backing in loop.attached_devices():
+            self._nodes.setdefault(backing, []).append(node)
+        self._mounts = Counter(entry.device for entry in mount.mountinfo())
+
+    def find(self, file: Path) -> Path | None:
+        """As `find`."""
+        return _find_among(file, self._nodes.get(file, []))
+
+    def users(self, node: Path) -> int:
+        """How many mounts in this namespace and how many block devices stand on *node*."""
+        number = device_number(node)
+        try:
+            stacked = len(os.listdir(f"/sys/dev/block/{number}/holders"))
+        except FileNotFoundError:
+            stacked = 0
+        return stacked + self._mounts[number]
+
+
+def _find_among(file: Path, nodes: list[Path]) -> Path | None:
     if not nodes:
         return None
     try:
@@ -50,25 +89,3 @@ def find(file: Path) -> Path | None:
         if status is not None and status.backs(there):
             return node
     return None
-
-
-def detach(node: Path) -> bool:
-    """Detach a loop device; False if it is in use."""
-    timeout = 0.0 if mount.mounts_of(device_number(node)) else _PROBE_SECONDS
-    try:
-        loop.detach(node, timeout=timeout)
-    except OSError as err:
-        if err.errno == errno.EBUSY:
-            return False
-        raise
-    return True
-
-
-def users(node: Path) -> int:
-    """How many mounts in this namespace and how many block devices stand on *node*."""
-    number = device_number(node)
-    try:
-        stacked = len(os.listdir(f"/sys/dev/block/{number}/holders"))
-    except FileNotFoundError:
-        stacked = 0
-    return stacked + len(mount.mounts_of(number))

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from devmapper.engine.embedded import protocol, runtime
 from devmapper.engine.embedded.activation import Event, next_state
@@ -28,6 +28,9 @@ from devmapper.engine.port import (
 )
 from devmapper.errors import DevmapperError, EngineError, PoolMismatch, ThinBusy, UsageError
 from devmapper.units import Bytes, ThinId, TransactionId
+
+if TYPE_CHECKING:
+    from devmapper.engine.embedded.attachment import Survey
 
 _CONNECT_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 180.0  # a flush waits for queued writes of a full pool up to 60 s
@@ -152,11 +155,17 @@ class EmbeddedPoolClient:
 
     def info(self, name: str) -> DeviceInfo | None:
         """The device if it is active; an export without a loop device is not."""
+        from devmapper.engine.embedded.attachment import Survey
+
         entry = self._exported(name)
-        return None if entry is None else self._info(entry)
+        return None if entry is None else self._info(entry, Survey())
 
     def devices(self) -> list[DeviceInfo]:
-        found = (self._info(entry) for entry in self._all_exported())
+        from devmapper.engine.embedded.attachment import Survey
+
+        entries = self._all_exported()
+        survey = Survey()
+        found = (self._info(entry, survey) for entry in entries)
         return [info for info in found if info is not None]
 
     @contextmanager
@@ -235,16 +244,14 @@ class EmbeddedPoolClient:
     def _all_exported(self) -> list[ExportedDevice]:
         return self._ask(list[ExportedDevice], "devices")
 
-    def _info(self, entry: ExportedDevice) -> DeviceInfo | None:
-        from devmapper.engine.embedded import attachment
-
-        node = attachment.find(self._paths.exported(entry.name))
+    def _info(self, entry: ExportedDevice, survey: "Survey") -> DeviceInfo | None:
+        node = survey.find(self._paths.exported(entry.name))
         if node is None:
             if entry.state is Activation.LEAVING:
                 # Its last user has closed it: gone for the caller means gone for the pool as well
                 self._ask(Outcome, "deactivate", name=entry.name)
             return None
-        users = attachment.users(node)
+        users = survey.users(node)
         return DeviceInfo(entry.name, entry.thin_id, entry.size, node, entry.state, users)
 
     def _connection(self) -> socket.socket:

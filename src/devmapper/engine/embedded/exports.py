@@ -19,7 +19,7 @@ from devmapper.engine.embedded.export import Export
 from devmapper.engine.embedded.pool import EmbeddedPool, ThinDevice
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.port import Activation, Outcome
-from devmapper.errors import PoolMismatch, ThinBusy
+from devmapper.errors import DevmapperError, PoolMismatch, ThinBusy
 from devmapper.units import Bytes, ThinId
 
 log = logging.getLogger(__name__)
@@ -196,6 +196,6 @@ class Exports:
                     try:
                         if self._remove(entry):
                             log.info("%s was closed and is gone", entry.name)
-                    except OSError:
+                    except (DevmapperError, OSError):
                         log.exception("cannot remove %s", entry.name)
                 self._leaving.wait(_REAP_SECONDS if leaving else None)
