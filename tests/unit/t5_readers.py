@@ -601,6 +601,7 @@ def test_damage_below_many_snapshots_names_all_of_them() -> None:
     (damage,) = check(device).damages
     assert damage.block == leaf
     assert damage.thin_ids == tuple(range(1, 20))
+    assert str(damage).endswith("thin ids 1, 2, 3, 4, 5, 6, 7, 8 and 11 more")
 
 
 def test_changed_ranges_read_no_shared_leaf() -> None:

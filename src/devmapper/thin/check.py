@@ -176,10 +176,10 @@ class _Check:
         """Both trees must name the same thin devices, and count their mappings alike."""
         for thin_id in sorted(details.keys() - roots.keys()):
             block = superblock.data_mapping_root
-            self._lost(DamageKind.MAPPING, block, thin_id, "has details, but no mapping tree")
+            self._lost(DamageKind.MAPPING, block, thin_id, "device details without mappings")
         for thin_id in sorted(roots.keys() - details.keys()):
             block = superblock.device_details_root
-            self._lost(DamageKind.DETAILS, block, thin_id, "has a mapping tree, but no details")
+            self._lost(DamageKind.DETAILS, block, thin_id, "mappings without device details")
         for thin_id in sorted(roots.keys() & details.keys()):
             summary = self._summaries.get(roots[thin_id])
             stored = details[thin_id].mapped_blocks
@@ -189,7 +189,7 @@ class _Check:
                 self._lost(DamageKind.DETAILS, block, thin_id, what)
 
     def _lost(self, kind: DamageKind, block: int, thin_id: int, what: str) -> None:
-        message = f"metadata block {block}: thin id {thin_id} {what}"
+        message = f"metadata block {block}: {what}"
         self._log.note(Damage(kind, block, message, thin_ids=(thin_id,)))
 
     def _on_details(self, leaf: Node) -> tuple[int, ...]:

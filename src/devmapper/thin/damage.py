@@ -1,9 +1,11 @@
 """What a check of pool metadata finds, as values."""
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from devmapper.thin.walk import KeyRange
+
+_NAMED_THIN_IDS: Final = 8  # in text; the attribute holds all
 
 
 class DamageKind(StrEnum):
@@ -39,8 +41,11 @@ class Damage(NamedTuple):
 
     def __str__(self) -> str:
         lost = f", {self.keys} lost" if self.keys is not None else ""
-        ids = ", ".join(map(str, self.thin_ids))
-        return f"{self.message}{lost}" + (f", thin ids {ids}" if ids else "")
+        named = ", ".join(map(str, self.thin_ids[:_NAMED_THIN_IDS]))
+        if len(self.thin_ids) > _NAMED_THIN_IDS:
+            named += f" and {len(self.thin_ids) - _NAMED_THIN_IDS} more"
+        ids = f", thin id{'s' * (len(self.thin_ids) > 1)} {named}" if named else ""
+        return f"{self.message}{lost}{ids}"
 
 
 class CheckReport(NamedTuple):
