@@ -33,14 +33,17 @@ from devmapper.thin.format import (
     SpaceMapRoot,
     Superblock,
     SuperblockFlags,
-    data_blocks,
     pack_mapping,
     unpack_mapping,
 )
-from devmapper.thin.node import DEVICE_DETAILS, U64, Values
+from devmapper.thin.node import DEVICE_DETAILS, U64
+from devmapper.thin.references import DataBlocks, Subtrees
 from devmapper.thin.space_map import DataSpaceMap, MetadataSpaceMap, Run
+from devmapper.thin.superblock import is_blank, new_superblock, read_superblock
 from devmapper.thin.transaction_manager import DEFAULT_CACHE_BLOCKS, TransactionManager
-from devmapper.units import Bytes, ThinId, TransactionId, sectors
+from devmapper.units import Bytes, ThinId, TransactionId
+
+__all__ = ["PoolMetadata", "is_blank"]
 
 _MAX_RESERVE: Final = 1024  # as the kernel's: 4 MiB
 _KNOWN_ROOTS: Final = 4096  # roots of mapping trees remembered for lookups
@@ -48,74 +51,6 @@ _PATH: Final = 8  # blocks that a change of one path takes at most, splits and s
 _PER_LEAF: Final = 80  # entries that a leaf holds at least, with a margin
 _OVERFLOW_BATCH: Final = 32
 _NONE_MAPPED: Final = array("Q", (layout.UNMAPPED,))
-
-
-class _DataBlocks:
-    """References from a bottom mapping tree to data blocks."""
-
-    def __init__(self, space_map: DataSpaceMap) -> None:
-        self._space_map = space_map
-
-    def inc(self, values: Values) -> None:
-        self._space_map.inc_many(data_blocks(values))
-
-    def dec(self, values: Values) -> None:
-        self._space_map.dec_many(data_blocks(values))
-
-    def replace(self, old: Values, new: Values) -> None:
-        # The time alone may differ; then the block keeps its reference (`data_block_equal`).
-        pairs = zip(data_blocks(old), data_blocks(new), strict=True)
-        self._space_map.dec_many([was for was, now in pairs if was != now])
-
-
-class _Subtrees:
-    """References from the top mapping tree to bottom ones."""
-
-    def __init__(self, tm: TransactionManager, mappings: Btree[int]) -> None:
-        self._tm = tm
-        self._mappings = mappings
-
-    def inc(self, values: Values) -> None:
-        self._tm.counts.inc_many(values)
-
-    def dec(self, values: Values) -> None:
-        for root in values:
-            self._mappings.delete(root)
-
-    def replace(self, old: Values, new: Values) -> None:
-        """Whoever changes a bottom tree has already let go of its old root."""
-
-
-def is_blank(device: MetadataDevice) -> bool:
-    """Whether there is no pool yet: the first block holds nothing but zeros, as in the kernel."""
-    return device.nr_blocks > 0 and device.read(layout.SUPERBLOCK_LOCATION) == layout.ZERO_BLOCK
-
-
-def read_superblock(device: MetadataDevice) -> Superblock:
-    """The superblock, checked as far as it can be without reading on."""
-    location = layout.SUPERBLOCK_LOCATION
-    raw = device.read(location)
-    superblock = Superblock.unpack(raw)
-    if superblock.magic != layout.MAGIC:
-        raise FormatError(location, "magic", want=layout.MAGIC, got=superblock.magic)
-    checksum.check_block(raw, layout.SUPERBLOCK, location)
-    if not layout.MIN_VERSION <= superblock.version <= layout.VERSION:
-        raise FormatError(location, "version", want=layout.VERSION, got=superblock.version)
-    if superblock.incompat_flags & ~layout.INCOMPAT_SUPPORTED:
-        raise FormatError(
-            location,
-            "incompat_flags",
-            want=layout.INCOMPAT_SUPPORTED,
-            got=superblock.incompat_flags,
-        )
-    if superblock.metadata_block_size != layout.BLOCK_SECTORS:
-        raise FormatError(
-            location,
-            "metadata_block_size",
-            want=layout.BLOCK_SECTORS,
-            got=superblock.metadata_block_size,
-        )
-    return superblock
 
 
 class PoolMetadata:
@@ -148,27 +83,11 @@ class PoolMetadata:
         self._metadata = MetadataSpaceMap.create(self._tm, nr_blocks)
         self._data = DataSpaceMap.create(self._tm, nr_data_blocks)
         self._make_trees()
-        unused = bytes(layout.SPACE_MAP_ROOT_SIZE)
-        self._committed = self._superblock = Superblock(
-            csum=0,
-            flags=0,
-            blocknr=layout.SUPERBLOCK_LOCATION,
-            uuid=bytes(layout.UUID_SIZE),
-            magic=layout.MAGIC,
-            version=layout.VERSION,
-            time=0,
-            trans_id=TransactionId(0),
-            held_root=0,
-            data_space_map_root=unused,
-            metadata_space_map_root=unused,
+        self._committed = self._superblock = new_superblock(
+            data_block_size=data_block_size,
+            metadata_nr_blocks=nr_blocks,
             data_mapping_root=self._devices.create(),
             device_details_root=self._details_tree.create(),
-            data_block_size=sectors(data_block_size),
-            metadata_block_size=sectors(Bytes(layout.BLOCK_SIZE)),
-            metadata_nr_blocks=nr_blocks,
-            compat_flags=0,
-            compat_ro_flags=0,
-            incompat_flags=0,
         )
         self._changed = True
         self.commit()
@@ -216,8 +135,8 @@ class PoolMetadata:
         self._make_trees()
 
     def _make_trees(self) -> None:
-        self._mappings = Btree[int](self._tm, U64, _DataBlocks(self._data))
-        self._devices = Btree[int](self._tm, U64, _Subtrees(self._tm, self._mappings))
+        self._mappings = Btree[int](self._tm, U64, DataBlocks(self._data))
+        self._devices = Btree[int](self._tm, U64, Subtrees(self._tm, self._mappings))
         self._details_tree = Btree[bytes](self._tm, DEVICE_DETAILS)
 
     def close(self) -> None:
