@@ -8,13 +8,15 @@ from devmapper import errors
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import MemoryDevice
 from devmapper.thin.metadata import PoolMetadata, is_blank
-from devmapper.units import Bytes
+from devmapper.units import Bytes, ThinId, TransactionId
 from tests.support.audit import Audit
 from tests.support.recording import Image, RecordingDevice, crash_images, save
 from tests.support.thin_tools import thin_check
 
 BLOCK = Bytes(64 * 1024)
 NR_BLOCKS = 512
+
+Groups = list[list[tuple[int, bytes]]]
 
 
 def state(image: Image) -> tuple[object, ...]:
@@ -32,7 +34,7 @@ def change(pool: PoolMetadata, rng: random.Random, step: int) -> None:
     data = pool.allocate_data_blocks(len(blocks))
     pool.insert_many(origin, list(zip(blocks, data, strict=True)))
     if step % 2:
-        pool.create_snap(max(thins) + 1, origin)
+        pool.create_snap(ThinId(max(thins) + 1), origin)
     if step % 3 == 2:
         pool.remove_range(rng.choice(thins), 500, 900)
     if step % 5 == 4 and len(thins) > 2:
@@ -41,16 +43,16 @@ def change(pool: PoolMetadata, rng: random.Random, step: int) -> None:
         pool.reserve_metadata_snap()
     if step == 9:
         pool.release_metadata_snap()
-    pool.set_transaction_id(pool.transaction_id, pool.transaction_id + 1)
+    pool.set_transaction_id(pool.transaction_id, TransactionId(pool.transaction_id + 1))
 
 
 @pytest.fixture(scope="module")
-def history():
+def history() -> list[tuple[Image, Groups, Image]]:
     """Per commit: the image before, the groups of writes, and the image after."""
     rng = random.Random(11)
     device = RecordingDevice(NR_BLOCKS)
     pool = PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=9000)
-    pool.create_thin(1)
+    pool.create_thin(ThinId(1))
     pool.commit()
     commits = []
     for step in range(12):
@@ -97,7 +99,7 @@ def test_a_recovered_pool_goes_on(history):
         Audit(device)
 
 
-def test_a_crash_while_formatting_leaves_a_blank_device_or_a_pool():
+def test_a_crash_while_formatting_leaves_a_blank_device_or_a_pool() -> None:
     device = RecordingDevice(NR_BLOCKS)
     PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=9000)
     kinds = set()
@@ -130,11 +132,11 @@ class FailingDevice(MemoryDevice):
         self._step()
 
 
-def test_a_failed_commit_can_be_aborted_wherever_it_failed():
+def test_a_failed_commit_can_be_aborted_wherever_it_failed() -> None:
     rng = random.Random(2)
     device = FailingDevice(NR_BLOCKS)
     pool = PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=9000)
-    pool.create_thin(1)
+    pool.create_thin(ThinId(1))
     pool.commit()
     for fail_at in range(1, 60):
         before = Audit(device).contents
@@ -144,7 +146,7 @@ def test_a_failed_commit_can_be_aborted_wherever_it_failed():
             freed = pool.commit()
         except OSError:
             with pytest.raises(errors.PoolUnusable):
-                pool.create_thin(99)
+                pool.create_thin(ThinId(99))
             with pytest.raises(errors.PoolUnusable):
                 pool.commit()
             pool.abort()

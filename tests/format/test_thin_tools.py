@@ -3,15 +3,20 @@
 import os
 import random
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.metadata import PoolMetadata
-from devmapper.units import Bytes
+from devmapper.units import Bytes, ThinId
 from tests.support.audit import Audit
 from tests.support.thin_tools import thin_check, thin_dump, thin_ls, thin_restore
+
+Thins = dict[int, dict[int, tuple[int, int]]]  # thin id: block: data block, time
+Details = tuple[int, ...]
+Contents = tuple[Details, dict[int, tuple[Details, dict[int, tuple[int, int]]]]]
 
 pytestmark = pytest.mark.tools
 
@@ -33,12 +38,12 @@ class Pool:
         self.md = PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=nr_data)
         return self.md
 
-    def map_new(self, thin_id, blocks):
+    def map_new(self, thin_id: ThinId, blocks: Iterable[int]) -> None:
         blocks = list(blocks)
         data = self.md.allocate_data_blocks(len(blocks))
         self.md.insert_many(thin_id, list(zip(blocks, data, strict=True)))
 
-    def check(self):
+    def check(self) -> None:
         """Commit, then thin_check, the audit, and thin_dump against our own reading."""
         self.md.release_data_blocks(self.md.commit())
         checked = thin_check(self.path)
@@ -52,29 +57,33 @@ class Pool:
         }
 
 
-def read_dump(text):
-    """thin_dump's XML as (superblock fields, thin id: (details, block: (data block, time)))."""
+def read_dump(text: str) -> Contents:
+    """thin_dump's XML: fields of the superblock, then details and mappings by thin id."""
     root = ET.fromstring(text)
+
+    def number(tag: ET.Element, name: str) -> int:
+        return int(tag.attrib[name])
+
     thins = {}
     for device in root:
         blocks = {}
         for mapping in device:
-            time = int(mapping.get("time"))
+            time = number(mapping, "time")
             if mapping.tag == "single_mapping":
-                blocks[int(mapping.get("origin_block"))] = int(mapping.get("data_block")), time
-            else:
-                begin, data = int(mapping.get("origin_begin")), int(mapping.get("data_begin"))
-                for n in range(int(mapping.get("length"))):
-                    blocks[begin + n] = data + n, time
+                blocks[number(mapping, "origin_block")] = number(mapping, "data_block"), time
+                continue
+            begin, data = number(mapping, "origin_begin"), number(mapping, "data_begin")
+            for n in range(number(mapping, "length")):
+                blocks[begin + n] = data + n, time
         names = ("mapped_blocks", "transaction", "creation_time", "snap_time")
-        details = tuple(int(device.get(name)) for name in names)
-        thins[int(device.get("dev_id"))] = details, blocks
+        details = tuple(number(device, name) for name in names)
+        thins[number(device, "dev_id")] = details, blocks
     names = ("time", "transaction", "data_block_size", "nr_data_blocks")
-    return tuple(int(root.get(name)) for name in names), thins
+    return tuple(number(root, name) for name in names), thins
 
 
-def ours(md):
-    thins = {
+def ours(md: PoolMetadata) -> Contents:
+    thins: dict[int, tuple[Details, dict[int, tuple[int, int]]]] = {
         thin_id: (tuple(md.details(thin_id)), dict(md.find_range(thin_id, 0, 2**63)))
         for thin_id in md.thin_ids()
     }
@@ -82,7 +91,7 @@ def ours(md):
 
 
 @pytest.fixture
-def pool(tmp_path):
+def pool(tmp_path: Path) -> Iterator[Pool]:
     pool = Pool(tmp_path / "metadata")
     yield pool
     pool.md.close()
@@ -214,10 +223,10 @@ def test_the_flag_needs_check(pool):
     pool.check()
 
 
-def write_xml(path, thins, *, nr_data, time=5, transaction=9):
+def write_xml(path: Path, thins: Thins, *, nr_data: int) -> None:
     lines = [
-        f'<superblock uuid="" time="{time}" transaction="{transaction}" version="2"'
-        f' data_block_size="128" nr_data_blocks="{nr_data}">'
+        '<superblock uuid="" time="5" transaction="9" version="2" data_block_size="128"',
+        f' nr_data_blocks="{nr_data}">',
     ]
     for thin_id, blocks in thins.items():
         lines.append(
@@ -233,7 +242,7 @@ def write_xml(path, thins, *, nr_data, time=5, transaction=9):
 
 
 @pytest.fixture
-def restored(tmp_path):
+def restored(tmp_path: Path) -> Iterator[tuple[Path, PoolMetadata, Thins]]:
     """Metadata that thin_restore made: a pool, and what is in it."""
     rng = random.Random(8)
     thins = {
@@ -258,7 +267,7 @@ def test_metadata_of_thin_restore_is_read_back_equal(restored):
     assert superblock == (5, 9, 128, 20_000)
     assert {thin_id: blocks for thin_id, (_, blocks) in found.items()} == thins
     assert (superblock, found) == read_dump(thin_dump(path))
-    users = {}
+    users: dict[int, int] = {}
     for blocks in thins.values():
         for data, _ in blocks.values():
             users[data] = users.get(data, 0) + 1

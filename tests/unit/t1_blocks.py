@@ -14,7 +14,7 @@ u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 
 
-def test_crc32c_known_answer():
+def test_crc32c_known_answer() -> None:
     assert checksum.crc32c_reference(b"123456789") == 0xE3069283
     assert checksum.crc32c(b"123456789") == 0xE3069283
 
@@ -44,12 +44,12 @@ def test_mapping_round_trip(data_block, time):
     assert layout.data_blocks([packed]) == [data_block]
 
 
-def test_bitmap_round_trip():
+def test_bitmap_round_trip() -> None:
     counts = bytearray(random.Random(5).choices(range(4), k=layout.ENTRIES_PER_BITMAP))
     assert layout.unpack_bitmap(layout.pack_bitmap(9, counts)) == counts
 
 
-def test_bits_of_a_bitmap_stand_where_the_kernel_looks_for_them():
+def test_bits_of_a_bitmap_stand_where_the_kernel_looks_for_them() -> None:
     counts = bytearray(layout.ENTRIES_PER_BITMAP)
     counts[0], counts[1], counts[2], counts[5] = 1, 2, 3, 1
     body = layout.pack_bitmap(7, counts)[16:]
@@ -58,7 +58,7 @@ def test_bits_of_a_bitmap_stand_where_the_kernel_looks_for_them():
     assert bit[10:12] == [0, 1]
 
 
-def test_metadata_index_round_trip():
+def test_metadata_index_round_trip() -> None:
     entries = tuple(layout.IndexEntry(n, n + 1, n + 2) for n in range(255))
     index = layout.MetadataIndex(1, 0, 5, entries)
     assert layout.MetadataIndex.unpack(index.pack()) == index
@@ -92,7 +92,7 @@ def test_a_sealed_block_passes_and_no_changed_one_does(kind):
 @pytest.fixture(params=["file", "memory"])
 def device(request, tmp_path):
     if request.param == "memory":
-        made = MemoryDevice(4)
+        made: MemoryDevice | FileDevice = MemoryDevice(4)
     else:
         path = tmp_path / "metadata"
         path.touch()

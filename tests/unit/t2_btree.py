@@ -2,13 +2,13 @@
 
 import random
 from array import array
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devmapper.errors import FormatError
-from devmapper.thin import checksum
+from devmapper.errors import ChecksumError, FormatError
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import MemoryDevice
 from devmapper.thin.btree import Btree
@@ -20,26 +20,26 @@ from devmapper.thin.transaction_manager import TransactionManager
 class Values:
     """Counts references to the values of a tree."""
 
-    def __init__(self):
-        self.counts = {}
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
 
-    def inc(self, values):
+    def inc(self, values: Iterable[int]) -> None:
         for value in values:
             self.counts[value] = self.counts.get(value, 0) + 1
 
-    def dec(self, values):
+    def dec(self, values: Iterable[int]) -> None:
         for value in values:
             self.counts[value] -= 1
             assert self.counts[value] >= 0
 
-    def replace(self, old, new):
+    def replace(self, old: Iterable[int], new: Iterable[int]) -> None:
         self.dec([was for was, now in zip(old, new, strict=True) if was != now])
 
 
 class Tree:
     """A tree with a root of its own."""
 
-    def __init__(self, nr_blocks=3000):
+    def __init__(self, nr_blocks: int = 3000) -> None:
         self.tm = TransactionManager(MemoryDevice(nr_blocks))
         self.space_map = MetadataSpaceMap.create(self.tm, nr_blocks)
         self.values = Values()
@@ -47,29 +47,29 @@ class Tree:
         self.nr_before = self.space_map.nr_allocated
         self.root = self.btree.create()
 
-    def insert(self, items):
+    def insert(self, items: dict[int, int]) -> int:
         keys = sorted(items)
         self.values.inc(items.values())
         done = self.btree.insert_many(self.root, keys, [items[key] for key in keys])
         self.root = done.root
         return done.added
 
-    def remove(self, begin, end):
+    def remove(self, begin: int, end: int) -> int:
         done = self.btree.remove_range(self.root, begin, end)
         self.root = done.root
         return done.removed
 
-    def items(self, begin=0, end=layout.MAX_KEY):
-        found = {}
+    def items(self, begin: int = 0, end: int = layout.MAX_KEY) -> dict[int, int]:
+        found: dict[int, int] = {}
         for keys, values in self.btree.leaves(self.root, begin, end):
             found.update(zip(keys, values, strict=True))
         return found
 
-    def check(self):
+    def check(self) -> int:
         """Every rule for the shape of a tree; return the number of its nodes."""
         nodes = []
 
-        def below(block, low, high, *, top):
+        def below(block: int, low: int, high: int, *, top: bool) -> int:
             node = self.tm.read(block, U64)
             nodes.append(block)
             assert len(node.keys) == len(node.values) <= node.limit
@@ -106,7 +106,8 @@ runs = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(runs)
 def test_a_tree_equals_a_dict(steps):
-    tree, model, value = Tree(), {}, 0
+    tree, value = Tree(), 0
+    model: dict[int, int] = {}
     for insert, begin, length, stride in steps:
         if insert:
             items = {begin + n * stride: value + n for n in range(length)}
@@ -145,7 +146,7 @@ def test_single_keys_in_any_order(order):
         assert nodes < len(keys) / 252 * 1.2  # appending leaves full nodes behind
 
 
-def test_a_tree_of_three_levels_shrinks_to_one_leaf():
+def test_a_tree_of_three_levels_shrinks_to_one_leaf() -> None:
     tree = Tree()
     tree.insert({key: key for key in range(100_000)})
     assert tree.btree.depth(tree.root) == 3
@@ -163,7 +164,7 @@ def test_a_tree_of_three_levels_shrinks_to_one_leaf():
     assert tree.btree.depth(tree.root) == 1
 
 
-def test_a_range_is_read_by_its_borders():
+def test_a_range_is_read_by_its_borders() -> None:
     tree = Tree()
     tree.insert({key: key for key in range(0, 3000, 2)})
     assert sorted(tree.items(501, 1001)) == list(range(502, 1001, 2))
@@ -172,7 +173,7 @@ def test_a_range_is_read_by_its_borders():
     assert tree.items(1, 2) == {}
 
 
-def test_two_trees_that_share_nodes_do_not_see_each_other():
+def test_two_trees_that_share_nodes_do_not_see_each_other() -> None:
     tree = Tree()
     tree.insert({key: key for key in range(3000)})
     snapshot = tree.root
@@ -191,7 +192,7 @@ def test_two_trees_that_share_nodes_do_not_see_each_other():
     assert tree.values.counts[900] == 1
 
 
-def test_nothing_is_shadowed_to_remove_nothing():
+def test_nothing_is_shadowed_to_remove_nothing() -> None:
     tree = Tree()
     tree.insert({key: key for key in range(1000)})
     allocated, root = tree.space_map.nr_allocated, tree.root
@@ -199,7 +200,7 @@ def test_nothing_is_shadowed_to_remove_nothing():
     assert (tree.space_map.nr_allocated, tree.root) == (allocated, root)
 
 
-def damaged_tree(entries: dict[int, int], **header) -> Tree:
+def damaged_tree(entries: dict[int, int], **header: int) -> Tree:
     tree = Tree()
     tree.insert(entries)
     tree.tm.write_back()
@@ -239,7 +240,7 @@ def test_a_node_with_a_wrong_field_names_itself(header, field):
         assert caught.value.block in (tree.root, 10**9)
 
 
-def test_a_tree_that_leads_back_into_itself_is_a_format_error():
+def test_a_tree_that_leads_back_into_itself_is_a_format_error() -> None:
     tree = Tree()
     node = Node.empty(U64, leaf=False)
     tree.tm.add(node)
@@ -255,7 +256,7 @@ def test_a_tree_that_leads_back_into_itself_is_a_format_error():
             read()
 
 
-def test_a_flipped_bit_in_a_node_is_found_when_it_is_read():
+def test_a_flipped_bit_in_a_node_is_found_when_it_is_read() -> None:
     tree = Tree()
     tree.insert({1: 1})
     tree.tm.write_back()
@@ -263,5 +264,5 @@ def test_a_flipped_bit_in_a_node_is_found_when_it_is_read():
     raw[2000] ^= 1
     tree.tm.device.write(tree.root, bytes(raw))
     tree.tm.forget(tree.root)
-    with pytest.raises(checksum.ChecksumError, match=f"metadata block {tree.root} "):
+    with pytest.raises(ChecksumError, match=f"metadata block {tree.root} "):
         tree.items()

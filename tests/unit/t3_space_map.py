@@ -13,28 +13,28 @@ from devmapper.thin.transaction_manager import TransactionManager
 class Maps:
     """Both space maps on one device, committed without a superblock."""
 
-    def __init__(self, nr_metadata=600, nr_data=40_000):
+    def __init__(self, nr_metadata: int = 600, nr_data: int = 40_000) -> None:
         self.device = MemoryDevice(nr_metadata)
         self.tm = TransactionManager(self.device)
         self.metadata = MetadataSpaceMap.create(self.tm, nr_metadata)
         self.data = DataSpaceMap.create(self.tm, nr_data)
         self.commit()
 
-    def commit(self):
+    def commit(self) -> list[Run]:
         self.roots = self.data.flush(), self.metadata.flush()
         self.tm.write_back()
         self.tm.committed()
         self.metadata.committed()
         return self.data.committed()
 
-    def reopen(self):
+    def reopen(self) -> None:
         self.tm = TransactionManager(self.device)
         self.metadata = MetadataSpaceMap.open(self.tm, self.roots[1])
         self.data = DataSpaceMap.open(self.tm, self.roots[0])
 
 
 @pytest.fixture
-def maps():
+def maps() -> Maps:
     return Maps()
 
 
@@ -108,7 +108,7 @@ def test_metadata_never_goes_to_a_block_that_the_last_commit_uses(maps):
 
 def test_counts_survive_every_change_and_a_reopening(maps):
     rng = random.Random(6)
-    model = Counter()
+    model: Counter[int] = Counter()
     for step in range(4000):
         block = rng.randrange(300) * 130
         if model[block] and rng.random() < 0.4:
@@ -179,7 +179,7 @@ def test_letting_go_of_a_free_block_is_a_format_error(maps):
         maps.data.dec(7)
 
 
-def test_memory_is_bounded_while_many_bitmaps_change():
+def test_memory_is_bounded_while_many_bitmaps_change() -> None:
     maps = Maps(nr_metadata=4000, nr_data=ENTRIES_PER_BITMAP * 1200)
     for index in range(1200):
         maps.data.inc(index * ENTRIES_PER_BITMAP + 5)

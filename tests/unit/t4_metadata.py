@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,7 +32,7 @@ def make(nr_metadata: int = 1024, nr_data: int = DATA_BLOCKS) -> tuple[MemoryDev
     return device, PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=nr_data)
 
 
-def map_new(pool: PoolMetadata, thin_id: int, blocks) -> list[int]:
+def map_new(pool: PoolMetadata, thin_id: ThinId, blocks: Iterable[int]) -> list[int]:
     blocks = list(blocks)
     data = pool.allocate_data_blocks(len(blocks))
     pool.insert_many(thin_id, list(zip(blocks, data, strict=True)))
@@ -41,28 +42,28 @@ def map_new(pool: PoolMetadata, thin_id: int, blocks) -> list[int]:
 class Model(RuleBasedStateMachine):
     """What the pool holds, as dicts; the audit looks at every commit."""
 
-    thin = st.integers(0, 7)
+    thin = st.integers(0, 7).map(ThinId)
     block = st.integers(0, 3000)
     length = st.sampled_from([1, 2, 16, 90, 300, 1000])
     stride = st.sampled_from([1, 1, 2, 7])
 
     @initialize(cache=st.sampled_from([2, 64, 4096]))
-    def start(self, cache):
+    def start(self, cache: int) -> None:
         self.cache = cache
         self.device, pool = make()
         pool.close()
         self.held: list[Run] = []
-        self.now: dict[int, dict[int, int]] = {}
-        self.committed: dict[int, dict[int, int]] = {}
+        self.now: dict[ThinId, dict[int, int]] = {}
+        self.committed: dict[ThinId, dict[int, int]] = {}
         self.open()
-        for thin_id in range(3):
+        for thin_id in map(ThinId, range(3)):
             self.create_thin(thin_id)
             self.insert(thin_id, 100 * thin_id, 300, 1 + thin_id)
 
-    def open(self):
+    def open(self) -> None:
         self.pool = PoolMetadata.open(self.device, data_block_size=BLOCK, cache_blocks=self.cache)
 
-    def known(self, thin_id):
+    def known(self, thin_id: ThinId) -> bool:
         if thin_id in self.now:
             return True
         with pytest.raises(errors.ThinIdMissing):
@@ -70,7 +71,7 @@ class Model(RuleBasedStateMachine):
         return False
 
     @rule(thin_id=thin)
-    def create_thin(self, thin_id):
+    def create_thin(self, thin_id: ThinId) -> None:
         if thin_id in self.now:
             with pytest.raises(errors.ThinIdExists):
                 self.pool.create_thin(thin_id)
@@ -79,7 +80,7 @@ class Model(RuleBasedStateMachine):
         self.now[thin_id] = {}
 
     @rule(thin_id=thin, origin=thin)
-    def create_snap(self, thin_id, origin):
+    def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
         if thin_id in self.now or origin not in self.now:
             with pytest.raises(errors.ThinIdError):
                 self.pool.create_snap(thin_id, origin)
@@ -88,13 +89,13 @@ class Model(RuleBasedStateMachine):
         self.now[thin_id] = dict(self.now[origin])
 
     @rule(thin_id=thin)
-    def delete(self, thin_id):
+    def delete(self, thin_id: ThinId) -> None:
         if self.known(thin_id):
             self.pool.delete(thin_id)
             del self.now[thin_id]
 
     @rule(thin_id=thin, begin=block, length=length, stride=stride)
-    def insert(self, thin_id, begin, length, stride):
+    def insert(self, thin_id: ThinId, begin: int, length: int, stride: int) -> None:
         if self.known(thin_id):
             blocks = range(begin, begin + length * stride, stride)
             if self.pool.nr_allocatable_data_blocks < length:
@@ -106,7 +107,7 @@ class Model(RuleBasedStateMachine):
             self.now[thin_id].update(zip(blocks, data, strict=True))
 
     @rule(thin_id=thin, begin=block, length=length)
-    def remove(self, thin_id, begin, length):
+    def remove(self, thin_id: ThinId, begin: int, length: int) -> None:
         if self.known(thin_id):
             end = begin + length
             gone = [block for block in self.now[thin_id] if begin <= block < end]
@@ -115,7 +116,7 @@ class Model(RuleBasedStateMachine):
                 del self.now[thin_id][block]
 
     @rule()
-    def commit(self):
+    def commit(self) -> None:
         before = Counter(b for blocks in self.committed.values() for b in blocks.values())
         freed = self.pool.commit()
         self.committed = {thin_id: dict(blocks) for thin_id, blocks in self.now.items()}
@@ -127,23 +128,23 @@ class Model(RuleBasedStateMachine):
         self.held += freed
 
     @rule()
-    def release(self):
+    def release(self) -> None:
         self.pool.release_data_blocks(self.held)
         self.held = []
 
     @rule()
-    def abort(self):
+    def abort(self) -> None:
         self.pool.abort()
         self.now = {thin_id: dict(blocks) for thin_id, blocks in self.committed.items()}
 
     @rule()
-    def reopen(self):
+    def reopen(self) -> None:
         self.held = []
         self.now = {thin_id: dict(blocks) for thin_id, blocks in self.committed.items()}
         self.open()
 
     @rule()
-    def reserve_or_release_metadata_snap(self):
+    def reserve_or_release_metadata_snap(self) -> None:
         if self.pool.held_root is None:
             self.held += self.pool.reserve_metadata_snap()
             self.committed = {thin_id: dict(blocks) for thin_id, blocks in self.now.items()}
@@ -152,12 +153,12 @@ class Model(RuleBasedStateMachine):
 
     @precondition(lambda self: hasattr(self, "pool"))
     @invariant()
-    def equal(self):
+    def equal(self) -> None:
         pool = self.pool
         assert pool.thin_ids() == sorted(self.now)
         used = {block for blocks in self.now.values() for block in blocks.values()}
         for thin_id, blocks in self.now.items():
-            found = {}
+            found: dict[int, int] = {}
             for keys, values in pool.find_packed(thin_id, 0, layout.MAX_KEY):
                 found.update(zip(keys, layout.data_blocks(values), strict=True))
             assert found == blocks
@@ -187,13 +188,13 @@ def test_a_long_walk_through_the_model(cache):
     model = Model()
     model.start(cache)
     for _ in range(STEPS):
-        thin_id = rng.choice(sorted(model.now)) if model.now else 0
+        thin_id = rng.choice(sorted(model.now)) if model.now else ThinId(0)
         begin, length = rng.randrange(3000), rng.choice([1, 2, 16, 90, 300, 1000])
         match rng.randrange(20):
             case 0:
-                model.create_thin(rng.randrange(8))
+                model.create_thin(ThinId(rng.randrange(8)))
             case 1 | 2 | 3:
-                model.create_snap(rng.randrange(8), thin_id)
+                model.create_snap(ThinId(rng.randrange(8)), thin_id)
             case 4:
                 model.delete(thin_id)
             case 5 | 6 | 7:
@@ -215,7 +216,7 @@ def test_a_long_walk_through_the_model(cache):
 
 
 @pytest.fixture
-def pool():
+def pool() -> PoolMetadata:
     return make()[1]
 
 
@@ -229,7 +230,7 @@ def test_a_new_pool_is_empty(pool):
     assert pool.commit() == []
 
 
-def test_blank_means_a_first_block_of_zeros():
+def test_blank_means_a_first_block_of_zeros() -> None:
     device = MemoryDevice(128)
     assert is_blank(device)
     device.write(5, b"\1" * 4096)
@@ -311,7 +312,7 @@ def test_packed_range_marks_holes(pool):
     assert [block for block, _ in pool.find_range(ONE, 4, 1000)] == [4, 5, 9]
 
 
-def test_read_only_refuses_every_change():
+def test_read_only_refuses_every_change() -> None:
     device, pool = make()
     pool.create_thin(ONE)
     pool.commit()
@@ -328,7 +329,7 @@ def test_read_only_refuses_every_change():
             act()
 
 
-def test_sizes_that_do_not_fit():
+def test_sizes_that_do_not_fit() -> None:
     device, pool = make()
     with pytest.raises(errors.PoolMismatch, match="65536 bytes"):
         PoolMetadata.open(device, data_block_size=Bytes(2 * BLOCK))
@@ -343,7 +344,7 @@ def test_sizes_that_do_not_fit():
         PoolMetadata.open(device)
 
 
-def test_growing_is_undone_by_abort():
+def test_growing_is_undone_by_abort() -> None:
     device, pool = make()
     device.nr_blocks = 40_000
     pool.resize_metadata(40_000)
@@ -366,7 +367,7 @@ def test_only_one_metadata_snap(pool):
         pool.reserve_metadata_snap()
 
 
-def test_held_blocks_survive_an_abort():
+def test_held_blocks_survive_an_abort() -> None:
     _, pool = make(nr_data=10)
     pool.create_thin(ONE)
     map_new(pool, ONE, range(10))
@@ -413,9 +414,13 @@ def test_full_metadata_refuse_and_still_commit_and_delete(nr_metadata, nr_data):
     pool.create_thin(ONE)
     pool.commit()
     fill_metadata(pool, random.Random(nr_metadata))
-    with pytest.raises(errors.PoolFull) as caught:
+
+    def create_many() -> None:
         for thin_id in range(100_000, 100_300):
             pool.create_thin(ThinId(thin_id))
+
+    with pytest.raises(errors.PoolFull) as caught:
+        create_many()
     assert caught.value.kind is Space.METADATA
     pool.commit()
     Audit(device)
@@ -428,7 +433,7 @@ def test_full_metadata_refuse_and_still_commit_and_delete(nr_metadata, nr_data):
     pool.commit()
 
 
-def test_a_metadata_device_too_small_for_the_pool_is_refused():
+def test_a_metadata_device_too_small_for_the_pool_is_refused() -> None:
     with pytest.raises(errors.PoolFull) as caught:
         make(10, nr_data=10**6)
     assert caught.value.kind is Space.METADATA
@@ -460,23 +465,18 @@ def blocks_in_use(device: MemoryDevice) -> list[int]:
     return [block for block in range(1024) if counts.count(block)]
 
 
-def test_a_flipped_bit_in_any_block_is_an_integrity_error_that_names_it():
+def test_a_flipped_bit_in_any_block_is_an_integrity_error_that_names_it() -> None:
     device = busy_device()
     rng = random.Random(3)
-    hit = set()
     for block in blocks_in_use(device):
         damaged = MemoryDevice(1024)
         damaged._blocks = dict(device._blocks)
         raw = bytearray(device.read(block))
         raw[rng.randrange(4096)] ^= 1 << rng.randrange(8)
         damaged.write(block, bytes(raw))
-        try:
+        with pytest.raises((errors.ChecksumError, errors.FormatError)) as caught:
             use_everything(damaged)
-        except errors.IntegrityError as err:
-            assert isinstance(err, errors.ChecksumError | errors.FormatError)
-            assert err.block == block
-            hit.add(block)
-    assert hit >= set(blocks_in_use(device))
+        assert getattr(caught.value, "block", None) == block
 
 
 @pytest.mark.parametrize("seed", range(max(STEPS // 100, 1)))
@@ -525,14 +525,14 @@ def test_a_superblock_with_a_wrong_field(field, value, error):
         use_everything(device)
 
 
-def test_only_the_ro_flags_let_a_reader_in():
+def test_only_the_ro_flags_let_a_reader_in() -> None:
     device = busy_device()
     superblock = layout.Superblock.unpack(device.read(0))._replace(compat_ro_flags=1)
     device.write(0, checksum.seal(superblock.pack(), layout.SUPERBLOCK))
     assert len(PoolMetadata.open(device, read_only=True).thin_ids()) == 7
 
 
-def test_the_flag_needs_check_is_written_at_once_and_apart_from_the_transaction():
+def test_the_flag_needs_check_is_written_at_once_and_apart_from_the_transaction() -> None:
     device, pool = make()
     pool.create_thin(ONE)
     pool.set_needs_check(needs_check=True)
