@@ -89,6 +89,10 @@ class DeviceSet:
         self.close()
 
     @property
+    def is_open(self) -> bool:
+        return self._graph.is_open
+
+    @property
     def home(self) -> Path:
         return self._home
 

@@ -1,0 +1,478 @@
+"""What a graph driver must do, whatever engine it stands on: moby's graphtest and more.
+
+A subclass says which engine; every test gets a driver on a small graph of its own, and afterwards
+the pool is closed and thin_check has the last word.
+"""
+
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import devmapper
+import devmapper.errors
+from devmapper.driver import Driver
+from devmapper.engine.port import Engine
+from devmapper.errors import (
+    LayerBusy,
+    LayerExists,
+    LayerNotFound,
+    LayerNotMounted,
+    MountFailed,
+    UsageError,
+)
+from devmapper.linux import mount
+from devmapper.units import MIB
+from tests.support import capabilities, export_tree, thin_tools
+
+# moby's own tests use these sizes (devmapper_test.go)
+GRAPH = ("dm.loopdatasize=300M", "dm.loopmetadatasize=200M", "dm.basesize=300M")
+
+
+def file_tree(root: Path) -> dict[str, export_tree.Inode]:
+    return export_tree.of_tree(root)
+
+
+def clean_up(driver: Driver) -> None:
+    """End with everything unmounted, the pool closed and its metadata sound."""
+    if driver.devices.is_open:
+        driver.cleanup()
+    home = driver.home
+    assert not any(str(m.mount_point).startswith(str(home)) for m in mount.mountinfo())
+    assert not list((home / "mnt").iterdir()) if (home / "mnt").exists() else True
+    if not capabilities.tools():
+        assert thin_tools.thin_check(home / "devicemapper" / "metadata")
+
+
+class GraphDriverSuite:
+    def make_engine(self) -> Engine:
+        raise NotImplementedError
+
+    def open(self, home: Path, *options: str) -> Driver:
+        return devmapper.init(home, (*GRAPH, *options), engine=self.make_engine())
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        return tmp_path / "graph"
+
+    @pytest.fixture
+    def driver(self, home: Path) -> Iterator[Driver]:
+        driver = self.open(home)
+        try:
+            yield driver
+        finally:
+            clean_up(driver)
+
+    def test_create_empty(self, driver):
+        driver.create("empty")
+        assert driver.exists("empty")
+        root = Path(driver.get("empty"))
+        assert root == driver.home / "mnt" / "empty" / "rootfs"
+        status = root.lstat()
+        assert stat.S_ISDIR(status.st_mode)
+        assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o755, 0, 0)
+        assert list(root.iterdir()) == []
+        stamp = root.parent / "id"
+        assert stamp.read_bytes() == b"empty"
+        assert stat.S_IMODE(stamp.stat().st_mode) == 0o600
+        driver.put("empty")
+
+    def test_create_base_and_snapshots(self, driver):
+        driver.create("base1")
+        root = Path(driver.get("base1"))
+        (root / "a file").write_bytes(os.urandom(100_000))
+        (root / "a file").chmod(0o4755)
+        os.chown(root / "a file", 1, 2)
+        (root / "a dir").mkdir(mode=0o705)
+        (root / "a dir" / "link").symlink_to("../a file")
+        os.link(root / "a file", root / "a dir" / "hard")
+        before = file_tree(root)
+        driver.put("base1")
+        driver.create("snap", "base1")
+        snap = Path(driver.get("snap"))
+        assert file_tree(snap) == before
+        (snap / "a file").write_bytes(b"changed")
+        (snap / "more").mkdir()
+        driver.put("snap")
+        assert file_tree(Path(driver.get("base1"))) == before
+        driver.put("base1")
+        # the id stays that of the first layer that was ever mounted
+        snap = Path(driver.get("snap"))
+        assert (snap.parent / "id").read_bytes() == b"base1"
+        driver.put("snap")
+
+    def test_deep_layers(self, driver):
+        parent = ""
+        for depth in range(24):
+            layer = f"layer{depth}"
+            driver.create(layer, parent)
+            root = Path(driver.get(layer))
+            (root / f"f{depth}").write_text(str(depth))
+            driver.put(layer)
+            parent = layer
+        root = Path(driver.get(parent))
+        assert [(root / f"f{depth}").read_text() for depth in range(24)] == [
+            str(depth) for depth in range(24)
+        ]
+        driver.put(parent)
+
+    def test_changes(self, driver):
+        driver.create("parent")
+        root = Path(driver.get("parent"))
+        (root / "kept").write_text("kept")
+        (root / "changed").write_text("old")
+        (root / "gone").mkdir()
+        (root / "gone" / "below").write_text("x")
+        driver.put("parent")
+        driver.create("child", "parent")
+        root = Path(driver.get("child"))
+        (root / "changed").write_text("newer")
+        (root / "gone" / "below").unlink()
+        (root / "gone").rmdir()
+        (root / "added").mkdir()
+        (root / "added" / "file").write_text("12345")
+        driver.put("child")
+        found = [(change.path, int(change.kind)) for change in driver.changes("child", "parent")]
+        assert found == [("/added", 1), ("/added/file", 1), ("/changed", 0), ("/gone", 2)]
+        assert driver.changes("parent", "parent") == []
+        assert driver.diff_size("child", "parent") == 10
+        assert not driver.devices.is_mounted("child")
+        assert not driver.devices.is_mounted("parent")
+
+    def test_diff_and_apply(self, driver):
+        driver.create("parent")
+        root = Path(driver.get("parent"))
+        for number in range(50):
+            (root / f"file{number}").write_bytes(os.urandom(1000 + number))
+        driver.put("parent")
+        driver.create("child", "parent")
+        root = Path(driver.get("child"))
+        for number in range(0, 50, 5):
+            (root / f"file{number}").unlink()
+        for number in range(1, 50, 5):
+            (root / f"file{number}").write_bytes(os.urandom(500))
+        (root / "new").mkdir(mode=0o700)
+        os.mkfifo(root / "new" / "fifo")
+        expected = file_tree(root)
+        driver.put("child")
+        driver.create("copy", "parent")
+        with driver.diff("child", "parent") as stream:
+            driver.apply_diff("copy", "parent", stream)
+        assert file_tree(Path(driver.get("copy"))) == expected
+        driver.put("copy")
+        assert driver.changes("copy", "child") == []
+        whole = io.BytesIO()
+        driver.write_diff("child", "", whole)
+        driver.create("alone")
+        whole.seek(0)
+        driver.apply_diff("alone", "", whole)
+        assert file_tree(Path(driver.get("alone"))) == expected
+        driver.put("alone")
+
+    def test_a_reader_that_stops_early_leaves_nothing_mounted(self, driver):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        (root / "big").write_bytes(os.urandom(3 * MIB))
+        driver.put("one")
+        with driver.diff("one") as stream:
+            assert len(stream.read(1000)) == 1000
+            assert driver.devices.is_mounted("one")
+        assert not driver.devices.is_mounted("one")
+
+    def test_an_archive_that_is_refused_leaves_nothing_mounted(self, driver):
+        driver.create("one")
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("../escape"))
+        out.seek(0)
+        with pytest.raises(devmapper.errors.ArchiveError):
+            driver.apply_diff("one", "", out)
+        assert not driver.devices.is_mounted("one")
+        assert not (driver.home / "mnt" / "escape").exists()
+
+    def test_gets_are_counted(self, driver):
+        driver.create("one")
+        first, second = driver.get("one"), driver.get("one")
+        assert first == second
+        driver.put("one")
+        assert devmapper.mounted(Path(first).parent)
+        assert driver.devices.has_activated_device("one")
+        driver.put("one")
+        assert not Path(first).parent.exists()
+        assert not driver.devices.has_activated_device("one")
+        with pytest.raises(LayerNotMounted):
+            driver.put("one")
+
+    def test_a_layer_in_use_is_busy_and_stays_as_it_was(self, driver):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        (root / "open").write_text("x")
+        with pytest.raises(LayerBusy, match="mounted at"):
+            driver.remove("one")
+        with (root / "open").open() as held:
+            with pytest.raises(LayerBusy) as caught:
+                driver.put("one")
+            assert str(os.getpid()) in str(caught.value)
+            assert held.read() == "x"
+        assert (root / "open").exists()
+        driver.put("one")
+        driver.remove("one")
+        assert not driver.exists("one")
+
+    def test_unknown_and_unfit_ids(self, driver):
+        with pytest.raises(LayerNotFound):
+            driver.get("nobody")
+        assert not (driver.home / "mnt" / "nobody").exists()
+        with pytest.raises(LayerNotFound):
+            driver.create("x", "nobody")
+        with pytest.raises(LayerNotFound):
+            driver.put("nobody")
+        driver.remove("nobody")
+        assert not driver.exists("nobody")
+        driver.create("one")
+        with pytest.raises(LayerExists):
+            driver.create("one")
+        for unfit in ("", "..", "a/b", ".x", "base", "x" * 256, "a\0"):
+            with pytest.raises(UsageError):
+                driver.create(unfit)
+            with pytest.raises(UsageError):
+                driver.remove(unfit)
+            with pytest.raises(UsageError):
+                driver.get(unfit)
+        with pytest.raises(UsageError, match="not supported yet"):
+            driver.create("sized", storage_opt={"size": "20G"})
+        with pytest.raises(UsageError, match="unknown"):
+            driver.create("odd", storage_opt={"colour": "red"})
+        assert driver.layers() == ["one"]
+
+    def test_the_longest_id(self, driver):
+        layer = "x" * 255
+        driver.create(layer)
+        root = Path(driver.get(layer))
+        (root / "f").write_text("x")
+        driver.put(layer)
+        driver.remove(layer)
+
+    def test_a_layer_is_reopened(self, driver, home):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        (root / "f").write_text("kept")
+        driver.put("one")
+        driver.cleanup()
+        again = self.open(home)
+        try:
+            root = Path(again.get("one"))
+            assert (root / "f").read_text() == "kept"
+            again.put("one")
+        finally:
+            clean_up(again)
+
+    def test_close_lets_go_and_leaves_mounts(self, driver, home):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        driver.close()
+        driver.close()
+        assert devmapper.mounted(root.parent)
+        again = self.open(home)
+        try:
+            assert again.get("one") == str(root)
+            again.put("one")
+            assert devmapper.mounted(root.parent), "the mount that was there counts as one user"
+            again.put("one")
+            assert not root.parent.exists()
+        finally:
+            clean_up(again)
+
+    def test_two_drivers_on_one_graph(self, driver, home):
+        other = self.open(home)
+        driver.create("one")
+        other.create("two", "one")
+        root = Path(driver.get("two"))
+        with pytest.raises(LayerBusy):
+            other.remove("two")
+        other.get("two")
+        other.put("two")
+        assert devmapper.mounted(root.parent)
+        driver.put("two")
+        other.remove("two")
+        assert driver.layers() == other.layers() == ["one"]
+        other.close()
+
+    def test_a_snapshot_of_a_mounted_layer_is_consistent(self, driver):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        for number in range(20):
+            (root / f"f{number}").write_bytes(bytes([number]) * 10_000)  # not synced
+        driver.create("snap", "one")
+        before = file_tree(root)
+        (root / "after").write_text("after")
+        snap = Path(driver.get("snap"))
+        assert file_tree(snap) == before
+        driver.put("snap")
+        driver.put("one")
+
+    def test_removing_a_layer_gives_its_space_back(self, driver):
+        driver.create("one")
+        before = driver.devices.status().data.used
+        root = Path(driver.get("one"))
+        (root / "big").write_bytes(os.urandom(20 * MIB))
+        driver.put("one")
+        full = driver.devices.status().data.used
+        assert full - before >= 20 * MIB
+        data = driver.home / "devicemapper" / "data"
+        taken = data.stat().st_blocks * 512
+        driver.remove("one")
+        assert driver.devices.status().data.used <= before
+        driver.cleanup()  # everything passed down by now
+        assert taken - data.stat().st_blocks * 512 >= 19 * MIB
+
+    def test_usage(self, driver):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        (root / "big").write_bytes(os.urandom(5 * MIB))
+        driver.put("one")
+        driver.create("two", "one")
+        usage = {line.id: line for line in driver.usage()}
+        assert set(usage) == {"base", "one", "two"}
+        for line in usage.values():
+            assert line.mapped == line.exclusive + line.shared
+            status = driver.devices.get_device_status("" if line.id == "base" else line.id)
+            assert status.mapped_sectors * 512 == line.mapped
+            assert status.size == line.size == 300 * MIB
+        assert usage["two"].shared >= 5 * MIB
+        assert usage["two"].exclusive == 0
+
+    def test_a_root_that_is_a_link_is_refused(self, driver, tmp_path):
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        driver.create("one")
+        root = Path(driver.get("one"))
+        root.rmdir()
+        root.symlink_to(outside)
+        driver.put("one")
+        with pytest.raises(MountFailed, match="rootfs"):
+            driver.get("one")
+        assert not driver.devices.is_mounted("one")
+        assert list(outside.iterdir()) == []
+
+    def test_an_id_file_that_is_a_link_is_not_followed(self, driver, tmp_path):
+        target = tmp_path / "target"
+        driver.create("one")
+        root = Path(driver.get("one"))
+        (root.parent / "id").unlink()
+        (root.parent / "id").symlink_to(target)
+        driver.put("one")
+        driver.get("one")
+        driver.put("one")
+        assert not target.exists()
+
+    def test_a_mount_that_fails_undoes_the_activation(self, home):
+        driver = self.open(home, "dm.mountopt=noatime,no_such_option")
+        try:
+            driver.create("one")
+            with pytest.raises(MountFailed):
+                driver.get("one")
+            assert not driver.devices.has_activated_device("one")
+            assert not (home / "mnt" / "one").exists()
+        finally:
+            clean_up(driver)
+
+    def test_mount_options_are_told_apart(self, home):
+        driver = self.open(home, "dm.mountopt=noatime,nodev", "dm.mountopt=discard")
+        try:
+            driver.create("one")
+            root = Path(driver.get("one"))
+            (entry,) = [m for m in mount.mountinfo() if m.mount_point == root.parent]
+            assert {"noatime", "nodev"} <= set(entry.options.split(","))
+            assert "discard" in entry.super_options.split(",")
+            driver.put("one")
+        finally:
+            clean_up(driver)
+
+    def test_xfs_layers_are_mounted_side_by_side(self, home):
+        driver = self.open(home, "dm.fs=xfs", "dm.mkfsarg=-K")
+        try:
+            driver.create("one")
+            driver.create("two", "one")
+            roots = [Path(driver.get(layer)) for layer in ("one", "two")]
+            for root in roots:
+                (root / "f").write_text(str(root))
+            assert [(root / "f").read_text() for root in roots] == [str(root) for root in roots]
+            device = driver.devices.device_path("one")
+            assert device is not None
+            assert devmapper.probe_fs_type(device) == "xfs"
+            driver.put("one")
+            driver.put("two")
+        finally:
+            clean_up(driver)
+
+    def test_status_rows(self, driver):
+        names = [name for name, _ in driver.status()]
+        assert names == [
+            "Pool Name",
+            "Pool Blocksize",
+            "Backing Filesystem",
+            "Data file",
+            "Metadata file",
+            "Data Space Used",
+            "Data Space Total",
+            "Data Space Available",
+            "Metadata Space Used",
+            "Metadata Space Total",
+            "Metadata Space Available",
+            "Udev Sync Supported",
+            "Deferred Removal Enabled",
+            "Data loop file",
+            "Metadata loop file",
+            "Library Version",
+            "Engine",
+        ]
+        rows = dict(driver.status())
+        assert rows["Pool Blocksize"] == "65.54 kB"
+        assert rows["Data Space Total"] == "314.6 MB"
+        assert rows["Metadata Space Total"] == "209.7 MB"
+        assert rows["Data loop file"] == str(driver.home / "devicemapper" / "data")
+        assert str(driver) == "devicemapper"
+
+    def test_resize_while_a_layer_is_mounted(self, driver):
+        driver.create("one")
+        driver.get("one")
+        driver.devices.resize_pool(400 * MIB)
+        assert driver.devices.status().data.total == 400 * MIB
+        driver.put("one")
+
+    def test_the_home_is_private_while_a_layer_is_mounted(self, driver):
+        driver.create("one")
+        driver.get("one")
+        (entry,) = [m for m in mount.mountinfo() if m.mount_point == driver.home]
+        assert entry.optional == ()
+        driver.put("one")
+        driver.cleanup()
+        assert not mount.is_mount_point(driver.home)
+
+    def test_cleanup_names_who_keeps_it_from_ending(self, driver):
+        driver.create("one")
+        root = Path(driver.get("one"))
+        with (root / "f").open("w"), pytest.raises(LayerBusy) as caught:
+            driver.cleanup()
+        assert str(os.getpid()) in str(caught.value)
+        assert devmapper.mounted(root.parent)
+        driver.put("one")
+
+    def test_a_device_set_mounts_where_it_is_told(self, driver, tmp_path):
+        devices = driver.devices
+        place = tmp_path / "elsewhere"
+        place.mkdir()
+        devices.add_device("one", "")
+        devices.mount_device("one", place)
+        devices.mount_device("one", place)
+        with pytest.raises(LayerBusy, match="elsewhere"):
+            driver.get("one")
+        devices.unmount_device("one")
+        assert devmapper.mounted(place)
+        devices.unmount_device("one")
+        assert not devmapper.mounted(place)
