@@ -102,19 +102,19 @@ def qcow2(base: Path, size: int) -> Iterator[Path]:
 @contextmanager
 def thin(base: Path, size: int) -> Iterator[Path]:
     from devmapper.driver import init
+    from devmapper.units import Bytes, ThinId
 
     options = [f"dm.basesize={size}", "dm.loopdatasize=8G", "dm.loopmetadatasize=128M"]
     driver = init(base / "graph", options, engine="embedded")
     try:
         driver.create("bench")
-        pool = driver.device_set.pool
-        info = driver.device_set.device("bench")
-        device = pool.activate("bench-fio", info.thin_id, info.size)
+        pool, info = driver.devices.pool, driver.devices.dev_info("bench")
+        device = pool.activate(info.name(), ThinId(info.device_id), Bytes(info.size))
         try:
             fill(device, size)
             yield device
         finally:
-            pool.deactivate("bench-fio")
+            pool.deactivate(info.name())
     finally:
         driver.cleanup()
 
