@@ -13,6 +13,7 @@ release of freed blocks go on meanwhile.
 """
 
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,10 @@ from typing import NamedTuple, Self
 
 from devmapper.engine.embedded.core import PoolCore
 from devmapper.engine.embedded.data_file import COPY_LENGTH, ZEROS
+from devmapper.engine.embedded.guarded_metadata import MetadataFull
 from devmapper.engine.embedded.mapping_cache import (
     CHUNK_BITS,
+    CHUNK_BLOCKS,
     CHUNK_MASK,
     TIME_BITS,
     TIME_MASK,
@@ -139,9 +142,7 @@ class ThinDevice:
             self._zero(offset, length)
             return
         if first < last:
-            with self.traffic.inside(), self._changes:
-                self._state.check_writable()
-                self._core.metadata.unmap(self.thin_id, first, last)
+            self._unmap(first, last)
         head = first * block_size - offset
         self._zero(offset, min(head, length))
         if last * block_size < end:
@@ -229,8 +230,7 @@ class ThinDevice:
     def _write_slowly(self, offset: int, view: memoryview) -> None:
         self._check_range(offset, len(view))
         while True:
-            with self.traffic.inside():
-                done = self._write_pieces(offset, view)
+            done = self._retried(functools.partial(self._write_pieces, offset, view))
             if done == len(view):
                 return
             offset += done
@@ -239,6 +239,10 @@ class ThinDevice:
 
     def _write_pieces(self, offset: int, view: memoryview) -> int:
         """Write, and map what is not writable yet; less than everything is out of space."""
+        with self.traffic.inside():
+            return self._write_pieces_inside(offset, view)
+
+    def _write_pieces_inside(self, offset: int, view: memoryview) -> int:
         with self._changes:
             self._state.check_writable()
             pieces = list(self._pieces(offset, len(view)))
@@ -250,6 +254,14 @@ class ThinDevice:
         for begin, length, at in self._runs([p for p in pieces if self._is_writable(p.raw)]):
             self._data.write(view[begin : begin + length], at)
         return pieces[-1].place + pieces[-1].length if pieces else 0
+
+    def _retried(self, step: Callable[[], int]) -> int:
+        """Run *step*, once more after a commit if metadata were too full for it."""
+        try:
+            return step()
+        except MetadataFull:
+            self._core.commits.run()
+            return step()
 
     def _is_writable(self, raw: int) -> bool:
         return raw != UNMAPPED and raw & TIME_MASK >= self.snapshotted_time
@@ -310,21 +322,35 @@ class ThinDevice:
         else:
             data.write(view[piece.place : piece.place + piece.length], target + piece.begin)
 
+    def _unmap(self, begin: int, end: int) -> None:
+        while begin < end:
+            begin = self._retried(functools.partial(self._unmap_first, begin, end))
+
+    def _unmap_first(self, begin: int, end: int) -> int:
+        """Unmap so much that others do not wait for long; return where to go on."""
+        end = min(end, begin + CHUNK_BLOCKS)
+        with self.traffic.inside(), self._changes:
+            self._state.check_writable()
+            self._core.metadata.unmap(self.thin_id, begin, end)
+        return end
+
     def _zero(self, offset: int, length: int) -> None:
         """Zero what is mapped of a range, one block after the other."""
         end = offset + length
         while offset < end:
-            with self.traffic.inside(), self._changes:
-                self._state.check_writable()
-                piece = next(self._pieces(offset, end - offset))
-                done = self._zero_piece(piece)
-            if done:
-                offset += piece.length
-            else:
+            done = self._retried(functools.partial(self._zero_first, offset, end - offset))
+            offset += done
+            if not done:
                 self._core.wait_for_space(self.traffic)
 
+    def _zero_first(self, offset: int, length: int) -> int:
+        """Zero the part of the range that lies in its first block; 0 is out of space."""
+        with self.traffic.inside(), self._changes:
+            self._state.check_writable()
+            piece = next(self._pieces(offset, length))
+            return piece.length if self._zero_piece(piece) else 0
+
     def _zero_piece(self, piece: _Piece) -> bool:
-        """Whether it was done; otherwise the pool is out of space."""
         if piece.raw == UNMAPPED:
             return True
         at = (piece.raw >> TIME_BITS) * self._block_size + piece.begin

@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NOTHING_DONE: Final = (PoolFull, ThinIdError, TransactionConflict, PoolMismatch)
-_DISCARD_STEP: Final = CHUNK_BLOCKS  # blocks unmapped before others get the lock
+
+
+class MetadataFull(OSError):
+    """ENOSPC: metadata are too full for a change, at least until the next commit.
+
+    What a transaction has freed can be used after it.
+    """
 
 
 class GuardedMetadata:
@@ -129,15 +135,12 @@ class GuardedMetadata:
                     cache.put(block, pack_mapping(data_block, time))
 
     def unmap(self, thin_id: ThinId, begin: int, end: int) -> None:
-        """Remove the mappings of thin blocks *begin* to *end*; others get their turn between."""
-        while begin < end:
-            step = min(end, begin + _DISCARD_STEP)
-            with self._as_io_error("removal"), self.changing() as metadata:
-                metadata.remove_range(thin_id, begin, step)
-                cache = self._caches.get(thin_id)
-                if cache is not None:
-                    cache.forget(begin, step)
-            begin = step
+        """Remove the mappings of thin blocks *begin* to *end*."""
+        with self._as_io_error("removal"), self.changing() as metadata:
+            metadata.remove_range(thin_id, begin, end)
+            cache = self._caches.get(thin_id)
+            if cache is not None:
+                cache.forget(begin, end)
 
     def commit(self, sync_data: Callable[[], None], seen: int) -> Sequence[Run]:
         """Commit what has changed; return the runs of data blocks that are free now.
@@ -203,5 +206,7 @@ class GuardedMetadata:
         try:
             yield
         except DevmapperError as err:
-            code = errno.ENOSPC if isinstance(err, PoolFull) else errno.EIO
-            raise OSError(code, f"pool {self._state.name}: {what}: {err}") from err
+            reason = f"pool {self._state.name}: {what}: {err}"
+            if isinstance(err, PoolFull):
+                raise MetadataFull(errno.ENOSPC, reason) from err
+            raise OSError(errno.EIO, reason) from err

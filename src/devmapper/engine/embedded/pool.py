@@ -7,7 +7,7 @@ the fast path takes none of them.  `docs/internals/data-path.md` has the whole p
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
@@ -20,7 +20,7 @@ from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.modes import NO_SPACE_TIMEOUT, PoolState
 from devmapper.engine.embedded.opening import PoolDevices
 from devmapper.engine.port import PoolMode, PoolStatus, PoolTable, ThinStatus
-from devmapper.errors import PoolMismatch, PoolUnusable, ThinBusy, UsageError
+from devmapper.errors import PoolFull, PoolMismatch, PoolUnusable, ThinBusy, UsageError
 from devmapper.thin.metadata import PoolMetadata
 from devmapper.units import SECTOR_SIZE, Bytes, ThinId, TransactionId
 
@@ -143,8 +143,7 @@ class EmbeddedPool:
             )
 
     def create_thin(self, thin_id: ThinId) -> None:
-        with self._changing() as metadata:
-            metadata.create_thin(thin_id)
+        self._change(lambda metadata: metadata.create_thin(thin_id))
 
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
         """Snapshot *origin*; if it is open, its I/O stops for the moment that this takes.
@@ -155,22 +154,23 @@ class EmbeddedPool:
             device = self._devices.get(origin)
             if device is not None:
                 stopped.enter_context(device.traffic.stopped())
-            with self._changing() as metadata:
+
+            def snap(metadata: PoolMetadata) -> None:
                 metadata.create_snap(thin_id, origin)
                 if device is not None:
                     device.snapshotted_time = metadata.details(origin).snapshotted_time
+
+            self._change(snap)
 
     def delete(self, thin_id: ThinId) -> None:
         """Delete; `ThinBusy` while it is open.  Its space is free after the next commit."""
         with self._administration:
             if thin_id in self._devices:
                 raise ThinBusy(f"thin id {thin_id}", ("an open device of this pool",))
-            with self._changing() as metadata:
-                metadata.delete(thin_id)
+            self._change(lambda metadata: metadata.delete(thin_id))
 
     def set_transaction_id(self, expected: TransactionId, new: TransactionId) -> None:
-        with self._changing() as metadata:
-            metadata.set_transaction_id(expected, new)
+        self._change(lambda metadata: metadata.set_transaction_id(expected, new))
         self.commit()
 
     def commit(self) -> None:
@@ -231,10 +231,16 @@ class EmbeddedPool:
         with self._core.metadata.reading() as metadata:
             yield metadata
 
-    @contextmanager
-    def _changing(self) -> Iterator[PoolMetadata]:
-        with self._failures_as_pool_unusable(), self._core.metadata.changing() as metadata:
-            yield metadata
+    def _change(self, change: Callable[[PoolMetadata], None]) -> None:
+        """Make a change, once more after a commit if metadata are too full before it."""
+        with self._failures_as_pool_unusable():
+            try:
+                with self._core.metadata.changing() as metadata:
+                    change(metadata)
+            except PoolFull:
+                self._core.commits.run()
+                with self._core.metadata.changing() as metadata:
+                    change(metadata)
 
     @contextmanager
     def _failures_as_pool_unusable(self) -> Iterator[None]:
