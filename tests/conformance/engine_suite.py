@@ -429,6 +429,37 @@ class EngineSuite:
         if kind == "xfs":  # a frozen xfs keeps its log dirty, for the mount to replay
             process.run(["xfs_repair", "-n", str(snap)])
 
+    def test_a_mount_in_another_namespace_counts(
+        self, pool: ThinPool, origin: Path, tmp_path: Path
+    ) -> None:
+        make_file_system("ext4", origin)
+        (tmp_path / "mnt").mkdir()
+        script = (
+            f"mount -t ext4 {origin} {tmp_path}/mnt && echo never synced > {tmp_path}/mnt/file"
+            " && echo mounted && read answer"
+        )
+        with subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other:
+            try:
+                assert other.stdout is not None
+                assert other.stdout.readline() == "mounted\n"
+                assert not mount.is_mount_point(tmp_path / "mnt")
+                with pytest.raises(ThinBusy) as busy:
+                    pool.deactivate("origin")
+                assert any(f"process {other.pid} " in holder for holder in busy.value.holders)
+                with pool.suspended("origin"):
+                    pool.create_snap(SNAP, ORIGIN)
+            finally:
+                other.communicate("go\n", timeout=20)
+        assert other.returncode == 0
+        with mounted(pool.activate("snap", SNAP, SIZE), tmp_path / "mnt") as target:
+            assert (target / "file").read_text() == "never synced\n"
+        assert pool.deactivate("origin") is Outcome.DONE
+
     def test_writes_wait_while_the_device_is_suspended(
         self, pool: ThinPool, mounted_origin: Path
     ) -> None:

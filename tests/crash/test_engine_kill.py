@@ -71,6 +71,14 @@ with EmbeddedEngine().find_pool(sys.argv[1]).suspended(sys.argv[2]):
     time.sleep(600)
 """
 
+ACTIVATOR = """
+import sys
+from devmapper.engine.embedded.client import EmbeddedEngine
+pool = EmbeddedEngine().find_pool(sys.argv[1])
+for _ in range(20):
+    print(pool.activate("shared", 7, int(sys.argv[2])), flush=True)
+"""
+
 TOUCHER = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
@@ -314,6 +322,21 @@ def test_starters_at_once_share_one_engine(rig):
             assert child.communicate(timeout=120) == ("go\nstarted\n", "")
     log = rig.paths.log.read_text()
     assert log.count("serving pool") == 1
+
+
+def test_commands_that_activate_at_once_share_one_device(rig):
+    pool = rig.activate()
+    pool.create_thin(ThinId(7))
+    with ExitStack() as stack:
+        children = [stack.enter_context(rig.program(ACTIVATOR, POOL, int(SIZE))) for _ in range(4)]
+        answers = set()
+        for child in children:
+            output, stderr = child.communicate(timeout=60)
+            assert stderr == ""
+            assert output.count("\n") == 20
+            answers |= set(output.split())
+    assert len(answers) == 1
+    assert len(engine_leftovers.loop_devices(rig.paths)) == 1
 
 
 def test_a_pid_that_somebody_else_has_now(rig):

@@ -116,12 +116,14 @@ def remove_directory(paths: Paths) -> None:
 
     It disappears at once: a starter finds all of it, with the process id in it, or nothing.
     """
+    import glob
     import shutil
 
-    doomed = paths.directory.with_name(f".gone-{paths.directory.name}-{os.getpid()}")
+    base, name = paths.directory.parent, paths.directory.name
     with suppress(FileNotFoundError):
-        paths.directory.rename(doomed)
-        shutil.rmtree(doomed)
+        paths.directory.rename(base / f".gone-{name}-{os.getpid()}")
+    for doomed in base.glob(f".gone-{glob.escape(name)}-*"):  # ours, and what others did not finish
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager

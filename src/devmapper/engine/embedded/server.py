@@ -45,6 +45,7 @@ PROCESS_NAME: Final = "devmapper-engine"
 _LOG_BYTES: Final = 1 << 20
 _FORCE_SECONDS: Final = 60.0
 _TEARDOWN_SECONDS: Final = 120.0
+_ACCEPT_PAUSE_SECONDS: Final = 0.1
 _UCRED: Final = struct.Struct("=3i")
 
 
@@ -89,15 +90,26 @@ class Server:
                 self._accept()
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as err:
+            # Out of descriptors, or the client has gone; ending would take the disks away
+            log.warning("cannot accept a connection: %s", err)
+            time.sleep(_ACCEPT_PAUSE_SECONDS)
+            return
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, user, _ = _UCRED.unpack(raw)
         if user not in (0, os.geteuid()):
             connection.close()
             return
-        threading.Thread(
+        thread = threading.Thread(
             target=self._converse, args=(connection,), name="control", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as err:  # no more threads
+            log.warning("cannot serve a connection: %s", err)
+            connection.close()
 
     def _converse(self, connection: socket.socket) -> None:
         """Answer one client until it closes the connection."""
