@@ -46,10 +46,14 @@ class Terminated(BaseException):
         self.number = number
 
 
-def run(command: Callable[[], int], settings: Settings) -> int:
-    """Run *command* and return what the process ends with; nothing is raised."""
+def obey_signals() -> None:
+    """Let a request to end unwind what is half done, as Ctrl-C does."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
+
+
+def run(command: Callable[[], int], settings: Settings) -> int:
+    """Run *command* and return what the process ends with; nothing is raised."""
     try:
         status = command()
         # Here, so that a full disk under stdout is an error like any other

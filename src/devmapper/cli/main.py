@@ -1,6 +1,7 @@
 """The command `devmapper`: its options, its commands, its end."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,6 +12,7 @@ from devmapper.cli import border, content, engine, layers, pool
 from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
 from devmapper.errors import UsageError
 
+_COMPLETION: Final = "_DEVMAPPER_COMPLETE"  # as the scripts of --show-completion set it
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 app = typer.Typer(
@@ -84,21 +86,12 @@ def options(
     settings = settings_of(context)
     settings.json = as_json
     settings.verbose = verbose
-    _log_to_stderr(verbose)
+    logging.getLogger("devmapper").setLevel(_LEVELS[min(verbose, len(_LEVELS) - 1)])
     if not root or "\0" in root:
         raise UsageError(f"root {root!r} is not a directory")
     settings.root = Path(root)
     settings.storage_options = storage_opt or []
     settings.engine = preference(engine_name)
-
-
-def _log_to_stderr(verbose: int) -> None:
-    logging.basicConfig(
-        level=_LEVELS[min(verbose, len(_LEVELS) - 1)],
-        format=f"{border.PROGRAM}: %(levelname)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
 
 
 for command in (
@@ -120,18 +113,30 @@ app.add_typer(pool.app, name="pool")
 app.add_typer(engine.app, name="engine")
 
 
-def main() -> None:
-    """Run the command line of this process and end it."""
-    words = sys.argv[1:] or ["--help"]
+def run(words: list[str]) -> int:
+    """Run one command line and return the exit code; nothing is raised."""
     settings = Settings(json="--json" in words)  # until the options have been read
     command = typer.main.get_command(app)
 
     def invoke() -> int:
-        result = command.main(words, prog_name=border.PROGRAM, standalone_mode=False, obj=settings)
-        return result if isinstance(result, int) else 0
+        if _COMPLETION in os.environ:
+            command.main([], prog_name=border.PROGRAM, complete_var=_COMPLETION)
+        # Not Command.main: it takes interrupts and closed pipes for itself
+        try:
+            with command.make_context(border.PROGRAM, words or ["--help"], obj=settings) as context:
+                command.invoke(context)
+        except typer.Exit as end:
+            return end.exit_code
+        return 0
 
-    status = border.run(invoke, settings)
-    sys.exit(status)
+    return border.run(invoke, settings)
+
+
+def main() -> None:
+    """Run the command line of this process and end it."""
+    logging.basicConfig(format=f"{border.PROGRAM}: %(levelname)s: %(message)s", stream=sys.stderr)
+    border.obey_signals()
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
