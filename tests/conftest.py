@@ -5,6 +5,8 @@ green by skipping.
 """
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,32 +51,41 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def runtime_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep every engine of a test below a folder of its own, short enough for a socket's path."""
+def runtime_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Keep every engine of a test below a folder of its own, and demand that nothing stays there.
+
+    In /run, because a socket's path is short.
+    """
     if capabilities.root():
         yield Path("/nonexistent")
         return
-    import tempfile
+    base = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-", dir="/run"))
+    monkeypatch.setenv("DEVMAPPER_RUNTIME_DIR", str(base))
+    yield base
+    left = []
+    if any(base.iterdir()):
+        from tests.support import leftovers
 
-    with tempfile.TemporaryDirectory(prefix=f"dmt-{os.getpid()}-", dir="/run") as base:
-        before = os.environ.get("DEVMAPPER_RUNTIME_DIR")
-        os.environ["DEVMAPPER_RUNTIME_DIR"] = base
-        try:
-            yield Path(base)
-        finally:
-            left = _clear_leftovers(Path(base))
-            if before is None:
-                del os.environ["DEVMAPPER_RUNTIME_DIR"]
-            else:
-                os.environ["DEVMAPPER_RUNTIME_DIR"] = before
-        assert left == [], f"left behind, and cleared now: {left}"
-
-
-def _clear_leftovers(base: Path) -> list[str]:
-    if not os.listdir(base):
-        return []
-    from tests.support import leftovers
-
-    if left := leftovers.remaining(base):
+        left = leftovers.remaining(base)
         leftovers.clear(base)
-    return left
+        shutil.rmtree(base)
+    else:
+        base.rmdir()
+    left += _unmount_below(tmp_path_factory.getbasetemp())
+    assert left == [], f"left behind: {left}"
+
+
+def _unmount_below(folder: Path) -> list[str]:
+    """Unmount what a test has left mounted below *folder*, last mount first; say what it was."""
+    from devmapper.linux import mount
+
+    found = [
+        entry.mount_point
+        for entry in mount.mountinfo()
+        if str(entry.mount_point).startswith(f"{folder}/")
+    ]
+    for point in reversed(found):
+        mount.unmount(point, flags=mount.UmountFlag.DETACH)
+    return [f"mount at {point}" for point in found]

@@ -17,7 +17,7 @@ from devmapper.engine.embedded import leftovers as engine_leftovers
 from devmapper.engine.embedded import runtime
 from devmapper.engine.embedded.client import EmbeddedPoolClient
 from devmapper.engine.port import Activation, Outcome
-from devmapper.errors import DevmapperError, EngineError, IntegrityError, ThinIdMissing
+from devmapper.errors import DevmapperError, EngineError, IntegrityError, PoolBusy, ThinIdMissing
 from devmapper.linux import loop, mount, process
 from devmapper.units import MIB, Bytes, ThinId, TransactionId
 from tests.support.engine_rig import POOL, Rig
@@ -355,6 +355,15 @@ def test_a_pool_that_cannot_be_opened_says_why(rig, runtime_base):
     with open(rig.table.metadata_device, "r+b") as file:
         file.truncate(0)
         file.truncate(16 << 20)
+
+
+def test_one_pool_is_not_opened_under_two_names(rig, runtime_base):
+    rig.activate()
+    with pytest.raises(PoolBusy, match=str(rig.server().pid)):
+        rig.engine.activate_pool("other", rig.table)
+    assert rig.engine.find_pool("other") is None
+    assert not (runtime_base / "other").exists()
+    assert rig.activate().thin_ids() == []
 
 
 def test_missing_devices_say_so(rig):

@@ -6,11 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from devmapper.errors import EnvironmentLacking
+from devmapper.errors import EngineError, EnvironmentLacking
 from devmapper.linux import loop, mount
 from devmapper.linux.blockdev import device_number
 
-_DEAD: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENXIO, errno.ENODEV})
+_EXPORT_DEAD: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
+_DEAD: Final = _EXPORT_DEAD | {errno.ENXIO, errno.ENODEV}
 # A plain open (udev's probe, blkid) ends by itself, a mount does not
 _PROBE_SECONDS: Final = 0.3
 
@@ -29,6 +30,8 @@ def attach(file: Path) -> Path:
                 "no loop device is free",
                 hint="load the module loop, or allow this container /dev/loop-control",
             ) from err
+        if err.errno in _EXPORT_DEAD:
+            raise EngineError("engine process ended while a device was activated") from err
         raise
 
 
@@ -77,8 +80,10 @@ def _find_among(file: Path, nodes: list[Path]) -> Path | None:
         return None
     try:
         there = os.stat(file)
-    except FileNotFoundError:
-        return None  # taken off the export meanwhile
+    except OSError as err:
+        if err.errno == errno.ENOENT or err.errno in _EXPORT_DEAD:
+            return None  # taken off the export meanwhile
+        raise
     for node in nodes:
         try:
             status = loop.find_status(node)
