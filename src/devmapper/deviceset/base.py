@@ -11,7 +11,7 @@ from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Session
 from devmapper.deviceset.steps import Step
 from devmapper.errors import PoolMismatch, ThinIdMissing, ToolError
-from devmapper.linux import blockdev, process
+from devmapper.linux import blockdev
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ def _create(session: Session, options: Options) -> None:
 
 def make_file_system(device: Path, options: Options) -> None:
     """Run mkfs as moby does; each dm.mkfsarg is one argument."""
+    from devmapper.linux import process  # a graph is made once, and opened often
+
     extra = options.mkfs_arguments
     if options.file_system is FileSystem.XFS:
         process.run(["mkfs.xfs", *extra, str(device)])
@@ -77,6 +79,8 @@ def make_file_system(device: Path, options: Options) -> None:
 
 
 def _make_ext4(device: Path, extended: str, extra: tuple[str, ...]) -> None:
+    from devmapper.linux import process
+
     process.run(["mkfs.ext4", "-E", extended, *extra, str(device)])
 
 

@@ -1,7 +1,7 @@
 """Which file system is on a device: its kind and its UUID."""
 
-import uuid
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,4 +25,6 @@ def identify(device: Path) -> FsIdentity:
     with open(device, "rb", buffering=0) as file:
         file.seek(offset)
         raw = file.read(16)
-    return FsIdentity(fs_type, str(uuid.UUID(bytes=raw)))
+    digits = raw.hex()
+    cuts = (0, 8, 12, 16, 20, 32)
+    return FsIdentity(fs_type, "-".join(digits[a:b] for a, b in pairwise(cuts)))
