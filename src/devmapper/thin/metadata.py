@@ -26,7 +26,6 @@ from devmapper.errors import (
 from devmapper.thin import checksum
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import MetadataDevice
-from devmapper.thin.btree import Btree
 from devmapper.thin.format import (
     DeviceDetails,
     Mapping,
@@ -36,17 +35,15 @@ from devmapper.thin.format import (
     pack_mapping,
     unpack_mapping,
 )
-from devmapper.thin.node import DEVICE_DETAILS, U64
-from devmapper.thin.references import DataBlocks, Subtrees
 from devmapper.thin.space_map import DataSpaceMap, MetadataSpaceMap, Run
 from devmapper.thin.superblock import is_blank, new_superblock, read_superblock
+from devmapper.thin.thin_devices import ThinDevices
 from devmapper.thin.transaction_manager import DEFAULT_CACHE_BLOCKS, TransactionManager
 from devmapper.units import Bytes, ThinId, TransactionId
 
 __all__ = ["PoolMetadata", "is_blank"]
 
 _MAX_RESERVE: Final = 1024  # as the kernel's: 4 MiB
-_KNOWN_ROOTS: Final = 4096  # roots of mapping trees remembered for lookups
 _PATH: Final = 8  # blocks that a change of one path takes at most, splits and siblings included
 _PER_LEAF: Final = 80  # entries that a leaf holds at least, with a margin
 _OVERFLOW_BATCH: Final = 32
@@ -65,13 +62,11 @@ class PoolMetadata:
         self._aborting_only = False
         self._doubtful = False  # a superblock was written, but it may not have arrived
         self._changed = False
-        self._details: dict[int, DeviceDetails] = {}
-        self._roots: dict[int, int] = {}  # known for lookups
-        self._owned: set[int] = set()  # thin ids whose root is ours to change in this transaction
         self._committed: Superblock
         self._superblock: Superblock
         self._data: DataSpaceMap
         self._metadata: MetadataSpaceMap
+        self._thins: ThinDevices
 
     @classmethod
     def format(
@@ -82,12 +77,12 @@ class PoolMetadata:
         nr_blocks = min(device.nr_blocks, layout.MAX_METADATA_BLOCKS)
         self._metadata = MetadataSpaceMap.create(self._tm, nr_blocks)
         self._data = DataSpaceMap.create(self._tm, nr_data_blocks)
-        self._make_trees()
+        self._thins = ThinDevices.create(self._tm, self._data)
         self._committed = self._superblock = new_superblock(
             data_block_size=data_block_size,
             metadata_nr_blocks=nr_blocks,
-            data_mapping_root=self._devices.create(),
-            device_details_root=self._details_tree.create(),
+            data_mapping_root=self._thins.mapping_root,
+            device_details_root=self._thins.details_root,
         )
         self._changed = True
         self.commit()
@@ -132,12 +127,9 @@ class PoolMetadata:
         self._data = DataSpaceMap.open(
             self._tm, SpaceMapRoot.unpack(superblock.data_space_map_root)
         )
-        self._make_trees()
-
-    def _make_trees(self) -> None:
-        self._mappings = Btree[int](self._tm, U64, DataBlocks(self._data))
-        self._devices = Btree[int](self._tm, U64, Subtrees(self._tm, self._mappings))
-        self._details_tree = Btree[bytes](self._tm, DEVICE_DETAILS)
+        self._thins = ThinDevices(
+            self._tm, self._data, superblock.data_mapping_root, superblock.device_details_root
+        )
 
     def close(self) -> None:
         """Close the device; what was not committed is lost, as in a crash."""
@@ -276,8 +268,7 @@ class PoolMetadata:
         checksum.check_block(raw, layout.SUPERBLOCK, held)
         copy = Superblock.unpack(raw)
         with self._change(self._delete_cost(self._data.nr_allocated), reserve=0):
-            self._devices.delete(copy.data_mapping_root)
-            self._details_tree.delete(copy.device_details_root)
+            self._thins.delete_trees(copy.data_mapping_root, copy.device_details_root)
             self._tm.dec(held)
             self._superblock = self._superblock._replace(held_root=0)
 
@@ -285,70 +276,49 @@ class PoolMetadata:
 
     def thin_ids(self) -> list[ThinId]:
         """All thin ids, ascending."""
-        known = set(self._details)
-        for keys, _ in self._details_tree.leaves(self._superblock.device_details_root):
-            known.update(keys)
-        return [ThinId(thin_id) for thin_id in sorted(known)]
+        return [ThinId(thin_id) for thin_id in sorted(self._thins.ids())]
 
     def details(self, thin_id: ThinId) -> DeviceDetails:
-        details = self._find_details(thin_id)
+        details = self._thins.find_details(thin_id)
         if details is None:
             raise ThinIdMissing(thin_id)
         return details
 
     def create_thin(self, thin_id: ThinId) -> None:
-        if self._find_details(thin_id) is not None:
+        if self._thins.find_details(thin_id) is not None:
             raise ThinIdExists(thin_id)
         with self._change(2 * _PATH):
-            self._add_thin(thin_id, self._mappings.create())
-            self._details[thin_id] = self._new_details()
+            details = DeviceDetails(0, self.transaction_id, self.time, self.time)
+            self._thins.add(thin_id, self._thins.mappings.create(), details)
 
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
         """Let *thin_id* have what *origin* has; from now on both copy before they write."""
-        if self._find_details(thin_id) is not None:
+        if self._thins.find_details(thin_id) is not None:
             raise ThinIdExists(thin_id)
-        origin_details = self.details(origin)
+        of_origin = self.details(origin)
         with self._change(3 * _PATH):
-            root = self._root(origin)
-            self._tm.counts.inc(root)
-            self._owned.discard(origin)
-            self._write_root(origin, root)
-            self._add_thin(thin_id, root)
             time = self.time + 1
             self._superblock = self._superblock._replace(time=time)
-            self._details[origin] = origin_details._replace(snapshotted_time=time)
-            self._details[thin_id] = self._new_details()._replace(
-                mapped_blocks=origin_details.mapped_blocks
-            )
+            details = DeviceDetails(of_origin.mapped_blocks, self.transaction_id, time, time)
+            self._thins.add(thin_id, self._thins.share_root(origin), details)
+            self._thins.set_details(origin, of_origin._replace(snapshotted_time=time))
 
     def delete(self, thin_id: ThinId) -> None:
         details = self.details(thin_id)
-        root = self._root(thin_id)
         with self._change(self._delete_cost(details.mapped_blocks), reserve=0):
-            self._flush_details()
-            if thin_id in self._owned:
-                self._write_root(thin_id, root)
-            self._owned.discard(thin_id)
-            self._roots.pop(thin_id, None)
-            sb = self._superblock
-            # The tree lets go of the bottom root itself, after the path to it is unshared.
-            devices = self._devices.remove_range(sb.data_mapping_root, thin_id, thin_id + 1).root
-            listed = self._details_tree.remove_range(
-                sb.device_details_root, thin_id, thin_id + 1
-            ).root
-            self._superblock = sb._replace(data_mapping_root=devices, device_details_root=listed)
+            self._thins.delete(thin_id)
 
     # Mappings
 
     def find(self, thin_id: ThinId, block: int) -> Mapping | None:
-        packed = self._mappings.lookup(self._root(thin_id), block)
+        packed = self._thins.mappings.lookup(self._thins.root(thin_id), block)
         return None if packed is None else unpack_mapping(packed)
 
     def find_packed(
         self, thin_id: ThinId, begin: int, end: int
     ) -> Iterator[tuple["array[int]", Sequence[int]]]:
         """Mapped blocks from *begin* until before *end* with their packed mappings, by leaf."""
-        for keys, values in self._mappings.leaves(self._root(thin_id), begin, end):
+        for keys, values in self._thins.mappings.leaves(self._thins.root(thin_id), begin, end):
             yield keys, values
             self._tm.trim()
 
@@ -386,13 +356,14 @@ class PoolMetadata:
         values = array("Q", [pack_mapping(data_block, time) for _, data_block in blocks])
         cost = 3 * _PATH + len(keys) // _PER_LEAF
         if len(keys) > 1:
-            root = self._root(thin_id)
-            cost += min(len(keys), self._mappings.count_leaves(root, keys[0], keys[-1] + 1))
+            root = self._thins.root(thin_id)
+            cost += min(len(keys), self._thins.mappings.count_leaves(root, keys[0], keys[-1] + 1))
         with self._change(cost):
-            inserted = self._mappings.insert_many(self._own_root(thin_id), keys, values)
-            self._roots[thin_id] = inserted.root
+            root = self._thins.own_root(thin_id)
+            inserted = self._thins.mappings.insert_many(root, keys, values)
+            self._thins.set_root(thin_id, inserted.root)
             mapped = details.mapped_blocks + inserted.added
-            self._details[thin_id] = details._replace(mapped_blocks=mapped)
+            self._thins.set_details(thin_id, details._replace(mapped_blocks=mapped))
 
     def remove(self, thin_id: ThinId, block: int) -> bool:
         """Unmap one block; False if it was not mapped."""
@@ -401,22 +372,23 @@ class PoolMetadata:
     def remove_range(self, thin_id: ThinId, begin: int, end: int) -> int:
         """Unmap every block from *begin* until before *end*; return how many were mapped."""
         details = self.details(thin_id)
-        root = self._root(thin_id)
-        if next(self._mappings.leaves(root, begin, end), None) is None:
+        root = self._thins.root(thin_id)
+        if next(self._thins.mappings.leaves(root, begin, end), None) is None:
             return 0
         most = min(details.mapped_blocks, end - begin)
         with self._change(2 * _PATH + self._delete_cost(most), reserve=0):
-            left = self._mappings.remove_range(self._own_root(thin_id), begin, end)
-            self._roots[thin_id] = left.root
+            root = self._thins.own_root(thin_id)
+            left = self._thins.mappings.remove_range(root, begin, end)
+            self._thins.set_root(thin_id, left.root)
             mapped = details.mapped_blocks - left.removed
-            self._details[thin_id] = details._replace(mapped_blocks=mapped)
+            self._thins.set_details(thin_id, details._replace(mapped_blocks=mapped))
         return left.removed
 
     def mapped_blocks(self, thin_id: ThinId) -> int:
         return self.details(thin_id).mapped_blocks
 
     def highest_mapped_block(self, thin_id: ThinId) -> int | None:
-        return self._mappings.last_key(self._root(thin_id))
+        return self._thins.mappings.last_key(self._thins.root(thin_id))
 
     # Data blocks
 
@@ -458,17 +430,19 @@ class PoolMetadata:
         if self._aborting_only:
             raise PoolUnusable("fail", "an operation failed half-way; abort the transaction")
         with self._half_done_on_error():
-            self._flush_details()
-            self._flush_roots()
+            self._thins.flush()
             data_root = self._data.flush()
             metadata_root = self._metadata.flush()
             superblock = self._superblock._replace(
-                data_space_map_root=data_root.pack(), metadata_space_map_root=metadata_root.pack()
+                data_space_map_root=data_root.pack(),
+                metadata_space_map_root=metadata_root.pack(),
+                data_mapping_root=self._thins.mapping_root,
+                device_details_root=self._thins.details_root,
             )
             self._tm.write_back()
             self._write_superblock(superblock)
         self._superblock = self._committed
-        self._owned.clear()
+        self._thins.committed()
         self._tm.committed()
         self._metadata.committed()
         freed = self._data.committed()
@@ -483,9 +457,6 @@ class PoolMetadata:
             self._write_superblock(self._committed)
         held = self._data.held()
         self._tm.abort()
-        self._details.clear()
-        self._roots.clear()
-        self._owned.clear()
         self._load(self._committed)
         self._data.hold(held)
         self._changed = self._aborting_only = False
@@ -535,7 +506,7 @@ class PoolMetadata:
         self._data.trim()
 
     def _commit_cost(self) -> int:
-        trees = 2 * _PATH + len(self._details) + len(self._owned)
+        trees = 2 * _PATH + self._thins.nr_unflushed
         return trees + self._data.flush_cost(1) + self._metadata.flush_cost()
 
     def _delete_cost(self, mapped: int) -> int:
@@ -550,63 +521,3 @@ class PoolMetadata:
         self._device.flush()
         self._doubtful = False
         self._committed = Superblock.unpack(raw)
-
-    # Thin devices in memory: changed details, and roots that are written when they are needed
-
-    def _new_details(self) -> DeviceDetails:
-        return DeviceDetails(0, self.transaction_id, self.time, self.time)
-
-    def _find_details(self, thin_id: int) -> DeviceDetails | None:
-        details = self._details.get(thin_id)
-        if details is None:
-            raw = self._details_tree.lookup(self._superblock.device_details_root, thin_id)
-            details = None if raw is None else DeviceDetails.unpack(raw)
-        return details
-
-    def _flush_details(self) -> None:
-        ids = sorted(self._details)
-        packed = [self._details[thin_id].pack() for thin_id in ids]
-        root = self._details_tree.insert_many(
-            self._superblock.device_details_root, ids, packed
-        ).root
-        self._superblock = self._superblock._replace(device_details_root=root)
-        self._details.clear()
-
-    def _root(self, thin_id: int) -> int:
-        root = self._roots.get(thin_id)
-        if root is None:
-            root = self._devices.lookup(self._superblock.data_mapping_root, thin_id)
-            if root is None:
-                raise ThinIdMissing(thin_id)
-            if len(self._roots) > _KNOWN_ROOTS:
-                self._roots = {owned: self._roots[owned] for owned in self._owned}
-            self._roots[thin_id] = root
-        return root
-
-    def _own_root(self, thin_id: int) -> int:
-        """The root of a bottom tree that is about to change.
-
-        The path to it is unshared first: while a metadata snap shares a node of the top tree, the
-        bottom trees below it have one reference too few for the eyes of `shadow`.
-        """
-        if thin_id not in self._owned:
-            path = self._devices.own_path(self._superblock.data_mapping_root, thin_id)
-            self._superblock = self._superblock._replace(data_mapping_root=path)
-            self._owned.add(thin_id)
-        return self._root(thin_id)
-
-    def _add_thin(self, thin_id: int, root: int) -> None:
-        self._write_root(thin_id, root)
-        self._roots[thin_id] = root
-
-    def _write_root(self, thin_id: int, root: int) -> None:
-        devices = self._devices.insert(self._superblock.data_mapping_root, thin_id, root).root
-        self._superblock = self._superblock._replace(data_mapping_root=devices)
-
-    def _flush_roots(self) -> None:
-        ids = sorted(self._owned)
-        roots = array("Q", [self._roots[thin_id] for thin_id in ids])
-        devices = self._devices.insert_many(
-            self._superblock.data_mapping_root, array("Q", ids), roots
-        ).root
-        self._superblock = self._superblock._replace(data_mapping_root=devices)
