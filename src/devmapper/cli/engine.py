@@ -1,5 +1,6 @@
 """Commands about the process that serves the pool in user space."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -74,19 +75,24 @@ def stop(
     engine, name = _engine(settings)
     stopped = engine.find_pool(name) is not None
     if not force:
-        _deactivate(engine, name)
+        _deactivate(engine, name, settings.root)
     elif stopped:
         with opened_driver(settings) as driver:
             driver.cleanup()
     show(settings, {"pool": name, "stopped": stopped})
 
 
-def _deactivate(engine: "Engine", name: str) -> None:
+def _deactivate(engine: "Engine", name: str, root: Path) -> None:
+    from devmapper.linux import mount
+
     try:
         engine.deactivate_pool(name)
     except ThinBusy as err:
         err.hint = "unmount the layers with devmapper put, or use devmapper engine stop --force"
         raise
+    # The driver has bound its home onto itself when it mounted the first layer
+    if mount.is_mount_point(root) and root.stat().st_dev == root.parent.stat().st_dev:
+        mount.unmount(root)
 
 
 def _engine(settings: Settings) -> "tuple[Engine, str]":
