@@ -1,6 +1,7 @@
 """Runtime directories, the table of activation states, the choice of an engine, sparse copies."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -177,6 +178,18 @@ def test_a_machine_without_fuse_is_named(monkeypatch, tmp_path):
         requirements.check()
     assert missing in str(error.value)
     assert error.value.hint == "get one"
+
+
+def test_the_client_imports_nothing_heavy():
+    program = (
+        "import sys, devmapper.engine.embedded.client as c; import devmapper.engine.select;"
+        "print(*sorted(sys.modules))"
+    )
+    done = process.run([sys.executable, "-c", program], input=b"")
+    loaded = set(done.stdout.decode().split())
+    heavy = {"subprocess", "logging", "ctypes", "rich", "typer", "shutil", "tempfile", "asyncio"}
+    assert loaded & heavy == set()
+    assert not {name for name in loaded if name.startswith("devmapper.thin.")}
 
 
 def test_runtime_base_is_taken_from_the_environment(monkeypatch):

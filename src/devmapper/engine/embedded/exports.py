@@ -19,7 +19,7 @@ from devmapper.engine.embedded.export import Export
 from devmapper.engine.embedded.pool import EmbeddedPool, ThinDevice
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.port import Activation, Outcome
-from devmapper.errors import DevmapperError, PoolMismatch, ThinBusy
+from devmapper.errors import DevmapperError, PoolMismatch, PoolUnusable, ThinBusy
 from devmapper.units import Bytes, ThinId
 
 log = logging.getLogger(__name__)
@@ -123,9 +123,11 @@ class Exports:
             entry.state = after
         try:
             entry.device.suspend()
-        except BaseException:
+        except BaseException as err:
             with self._lock:
                 entry.state = next_state(name, entry.state, Event.RESUME)
+            if isinstance(err, OSError):
+                raise PoolUnusable(self._pool.status().mode, str(err)) from err
             raise
 
     def resume(self, name: str) -> None:
