@@ -123,7 +123,7 @@ def test_a_file_system_on_a_loop_device_keeps_its_data(
             run([
                 "fio", "--name=verify", f"--filename={point}/file", "--size=16M", "--rw=randwrite",
                 "--bsrange=4k-256k", "--ioengine=libaio", "--direct=1", "--iodepth=16",
-                "--verify=crc32c", "--do_verify=1",
+                "--verify=crc32c", "--do_verify=1", "--verify_state_save=0",
             ])
             # fmt: on
         run(["e2fsck", "-f", "-n", str(device)])
@@ -174,7 +174,7 @@ def test_a_blocked_target_stops_no_other(server: ExportServer) -> None:
         writers = subprocess.Popen(
             ["fio", "--name=stuck", f"--filename={stuck}", "--size=16M", "--rw=randwrite",
              "--bs=4k", "--ioengine=libaio", "--direct=1", "--iodepth=128", "--verify=crc32c",
-             "--do_verify=1"],
+             "--do_verify=1", "--verify_state_save=0"],
             stdout=subprocess.DEVNULL,
         )
         # fmt: on

@@ -1,6 +1,6 @@
 """What the FUSE export costs: fio on it, beside a plain loop device and a qcow2 file, in turn.
 
-    python -m tests.support.export_bench [--rounds 3] [--seconds 3]
+    PYTHONPATH=src:. python -m tools.export_bench [--rounds 3] [--seconds 3]
 
 All of them have their data in a file in the page cache and a loop device with direct I/O on top.
 "export" is a file passed through, which is what the protocol adapter can do at best; "thin" is a
