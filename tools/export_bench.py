@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.support.export_server import ExportServer
 from tools.bench import FIO_CASES, fill, fio, need_tools
 
 from devmapper.linux import loop
-from tests.support.export_server import ExportServer
 
 
 @contextmanager
