@@ -74,23 +74,27 @@ def stop(
     settings = settings_of(context)
     engine, name = _engine(settings)
     stopped = engine.find_pool(name) is not None
-    if not force:
-        _deactivate(engine, name, settings.root)
-    elif stopped:
+    if stopped and force:
         with opened_driver(settings) as driver:
             driver.cleanup()
+    else:
+        _deactivate(engine, name)
+    _release_home(settings.root)
     show(settings, {"pool": name, "stopped": stopped})
 
 
-def _deactivate(engine: "Engine", name: str, root: Path) -> None:
-    from devmapper.linux import mount
-
+def _deactivate(engine: "Engine", name: str) -> None:
     try:
         engine.deactivate_pool(name)
     except ThinBusy as err:
         err.hint = "unmount the layers with devmapper put, or use devmapper engine stop --force"
         raise
-    # The driver has bound its home onto itself when it mounted the first layer
+
+
+def _release_home(root: Path) -> None:
+    """Undo the bind of the home onto itself that the driver makes when it mounts a layer."""
+    from devmapper.linux import mount
+
     if mount.is_mount_point(root) and root.stat().st_dev == root.parent.stat().st_dev:
         mount.unmount(root)
 
