@@ -79,6 +79,29 @@ for _ in range(20):
     print(pool.activate("shared", 7, int(sys.argv[2])), flush=True)
 """
 
+COMER_AND_GOER = """
+import os, sys
+from devmapper.engine.embedded.client import EmbeddedEngine
+from devmapper.errors import DevmapperError
+pool, number = EmbeddedEngine().find_pool(sys.argv[1]), int(sys.argv[2])
+name = f"device-{number}"
+print("go", flush=True)
+try:
+    while True:
+        pool.create_snap(number, 1)
+        node = pool.activate(name, number, int(sys.argv[3]))
+        fd = os.open(node, os.O_RDWR)
+        os.pwrite(fd, b"x" * 100_000, 0)
+        with pool.suspended(name):
+            pass
+        os.fsync(fd)
+        os.close(fd)
+        pool.deactivate(name)
+        pool.delete(number)
+except (DevmapperError, OSError) as err:
+    print(f"{type(err).__name__}: {err}", flush=True)
+"""
+
 TOUCHER = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
@@ -221,6 +244,33 @@ def test_what_was_acknowledged_survives(rig, mounts):
         mount.unmount(mounts[kind])
         check = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}[kind]
         process.run([*check, str(node)])
+
+
+def test_killed_while_devices_come_and_go(rig):
+    chance = random.Random(11)
+    pool = rig.activate()
+    pool.create_thin(ThinId(1))
+    pool.commit()
+    for round_number in range(KILLS):
+        with ExitStack() as stack:
+            children = [
+                stack.enter_context(rig.program(COMER_AND_GOER, POOL, number, int(SIZE)))
+                for number in range(1000 + 10 * round_number, 1003 + 10 * round_number)
+            ]
+            for child in children:
+                assert child.stdout is not None
+                assert child.stdout.readline() == "go\n"
+            time.sleep(chance.uniform(0.0, 0.3))
+            rig.kill()
+            for child in children:
+                output, stderr = child.communicate(timeout=60)
+                assert stderr == ""
+                assert output.count("\n") == 1
+        rig.check()
+        pool = rig.activate()
+        assert pool.devices() == []
+        assert engine_leftovers.loop_devices(rig.paths) == []
+        assert pool.thin_ids()[0] == 1
 
 
 def test_killed_without_load(rig, mounts):
