@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from devmapper.engine.embedded.data_file import DataFile
 from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.errors import (
     UsageError,
@@ -129,6 +130,23 @@ class TestFlushAndCommit:
         writing.result()
         committing.result()
         assert_clean(rig.table)
+
+    def test_data_of_mappings_made_while_data_are_synced_are_synced_again(self, rig, monkeypatch):
+        """Between the sync without the metadata lock and the commit a new block was mapped."""
+        rig.pool.create_thin(ONE)
+        device = rig.pool.open_device(ONE, SIZE)
+        write(device, 0, b"x" * 512)
+        original = DataFile.sync
+
+        def sync(data):
+            original(data)
+            if rig.data.syncs == 1:
+                write(device, BLOCK, b"y" * 512)
+
+        monkeypatch.setattr(DataFile, "sync", sync)
+        device.flush()
+        assert rig.data.syncs == 2
+        assert not rig.data.unsynced
 
     def test_export_is_the_committed_metadata(self, tmp_path, table, pool, device):
         write(device, 0, os.urandom(20 * BLOCK))
