@@ -1,7 +1,7 @@
 """Devices of a pool that log what is done to them, and what a power failure leaves of it.
 
 The two devices are apart: a flush of one says nothing about the other.  What was written to a
-device before the last flush of it is there; of what came later any subset may be, 4 KiB being whole.
+device before the last flush of it is there; of what came later any subset may be.  4 KiB are whole.
 """
 
 import os
