@@ -59,3 +59,15 @@ def test_no_module_is_large():
         for path in PACKAGE.rglob("*.py")
     }
     assert {name: lines for name, lines in sizes.items() if lines > 600} == {}
+
+
+def test_numbers_of_the_format_stand_in_format_only():
+    numbers = {"160774", "121107", "240779", "160478", "27022010"}
+    found = [
+        f"{path.relative_to(PACKAGE)}: {number}"
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "thin" / "format.py"
+        for number in numbers
+        if number in path.read_text()
+    ]
+    assert found == []

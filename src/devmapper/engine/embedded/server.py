@@ -38,6 +38,7 @@ from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.embedded.suspension import Suspensions, SuspensionSession
 from devmapper.engine.port import PoolTable
 from devmapper.errors import DevmapperError, EngineError
+from devmapper.linux import libc
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,8 @@ def main(argv: list[str]) -> None:
     name, ready_text, lock_text, table_text = argv
     ready_fd, lock_fd = int(ready_text), int(lock_text)
     _detach()
+    with suppress(OSError):  # without the privilege, or before Linux 5.6
+        libc.set_io_flusher()  # before there are threads: they inherit it
     paths = runtime.paths_of(name)
     _log_to(paths.log)
     try:
