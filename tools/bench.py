@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 FIO_CASES = {
@@ -163,12 +164,12 @@ def bench_layers(base: Path, *, base_size: str, count: int) -> dict[str, float]:
     result: dict[str, list[float]] = {"create": [], "get": [], "put": [], "remove": []}
     try:
         for number in range(count):
-            result["create"].append(timed(lambda n=number: driver.create(f"l{n}")))
+            result["create"].append(timed(partial(driver.create, f"l{number}")))
         for number in range(min(count, 30)):
-            result["get"].append(timed(lambda n=number: driver.get(f"l{n}")))
-            result["put"].append(timed(lambda n=number: driver.put(f"l{n}")))
+            result["get"].append(timed(partial(driver.get, f"l{number}")))
+            result["put"].append(timed(partial(driver.put, f"l{number}")))
         for number in range(count):
-            result["remove"].append(timed(lambda n=number: driver.remove(f"l{n}")))
+            result["remove"].append(timed(partial(driver.remove, f"l{number}")))
     finally:
         driver.cleanup()
     medians = {name: statistics.median(values) for name, values in result.items()}
@@ -177,13 +178,62 @@ def bench_layers(base: Path, *, base_size: str, count: int) -> dict[str, float]:
     return medians
 
 
+def bench_memory(base: Path) -> dict[str, float]:
+    """What a 10 GiB device with every block mapped costs, and how fast its 100 GiB pool opens."""
+    from devmapper.driver import Driver, init
+    from devmapper.engine.embedded import runtime
+    from devmapper.units import Bytes, ThinId
+
+    options = ["dm.basesize=10G", "dm.loopdatasize=100G", "dm.loopmetadatasize=2G"]
+    home = base / "memory"
+
+    def resident_mib(pool_name: str) -> float:
+        identity = runtime.read_pid(runtime.paths_of(pool_name))
+        status = Path(f"/proc/{identity.pid if identity else 0}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    driver = init(home, options, engine="embedded")
+    result = {}
+    try:
+        driver.create("large")
+        pool, info = driver.devices.pool, driver.devices.dev_info("large")
+        result["engine at rest (MiB)"] = resident_mib(pool.name)
+        device = pool.activate(info.name(), ThinId(info.device_id), Bytes(info.size))
+        run("fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio",
+            "--iodepth=8", "--rw=write:60k", "--bs=4k", f"--size={info.size}")  # fmt: skip
+        pool.commit()
+        result["blocks mapped"] = pool.thin_status(ThinId(info.device_id)).mapped_blocks
+        result["after writing to every block (MiB)"] = resident_mib(pool.name)
+        run("fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio",
+            "--iodepth=8", "--rw=randread", "--bs=4k", "--size=10G", "--io_size=512M")  # fmt: skip
+        result["after random reads all over it (MiB)"] = resident_mib(pool.name)
+        pool.deactivate(info.name())
+        driver.cleanup()
+        opened: list[float] = []
+        stack: list[Driver] = []
+        for _ in range(5):
+            opened.append(timed(lambda: stack.append(init(home, options, engine="embedded"))))
+            stack.pop().cleanup()
+        result["open the pool: engine started, base checked (ms)"] = statistics.median(opened)
+        driver = init(home, options, engine="embedded")
+        device = driver.devices.pool.activate(info.name(), ThinId(info.device_id), Bytes(info.size))
+        begin = resident_mib(pool.name)
+        run("fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio",
+            "--iodepth=8", "--rw=read:60k", "--bs=4k", f"--size={info.size}")  # fmt: skip
+        result["a fresh engine reading every block: growth (MiB)"] = resident_mib(pool.name) - begin
+        driver.devices.pool.deactivate(info.name())
+    finally:
+        driver.cleanup()
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=300)
-    parser.add_argument("--only", choices=("fio", "layers"))
+    parser.add_argument("--only", choices=("fio", "layers", "memory"))
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the files go")
     args = parser.parse_args()
     if os.geteuid() != 0:
@@ -191,7 +241,7 @@ def main() -> None:
     need_tools()
     with tempfile.TemporaryDirectory(prefix="devmapper-bench-", dir=args.dir) as folder:
         base = Path(folder)
-        if args.only != "layers":
+        if args.only in (None, "fio"):
             table = bench_fio(
                 base, size=args.size_mib << 20, rounds=args.rounds, seconds=args.seconds
             )
@@ -203,12 +253,16 @@ def main() -> None:
                 unit = FIO_CASES[case][3]
                 print(f"{case:20}" + "".join(f"{row[name]:12.0f}" for name in names)
                       + f"{ratio:12.2f}  {unit}")  # fmt: skip
-        if args.only != "fio":
+        if args.only in (None, "layers"):
             for base_size in ("1G", "10G"):
                 print(f"\nlayers of {base_size}, {args.layers} of them (median ms)")
                 row = bench_layers(base, base_size=base_size, count=args.layers)
                 for name, value in row.items():
                     print(f"  {name:20}{value:9.2f}")
+        if args.only in (None, "memory"):
+            print("\na 10 GiB device on a pool of 100 GiB")
+            for name, value in bench_memory(base).items():
+                print(f"  {name:52}{value:9.1f}")
 
 
 if __name__ == "__main__":
