@@ -64,6 +64,14 @@ def statfs_type(path: str) -> int:
     return int(f_type) & 0xFFFFFFFF
 
 
+def syncfs(fd: int) -> None:
+    """syncfs(2): write out the file system that *fd* is on.
+
+    What could not be written back since *fd* was opened is an error, too (Linux 5.8).
+    """
+    _check(_libc.syncfs(fd), "syncfs", None)
+
+
 def set_io_flusher() -> None:
     """Tell memory reclaim that this process serves I/O (PR_SET_IO_FLUSHER, Linux 5.6).
 
