@@ -4,6 +4,7 @@ A round that is under way may have missed what its caller wrote, so a flush wait
 starts after it was called.  While a round runs, all that arrive join the next one.
 """
 
+import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -51,6 +52,9 @@ class GroupCommit:
             self._work()
         except Exception as err:  # noqa: BLE001  # everybody who waits for the round gets it
             mine.error = err
+        except BaseException:
+            mine.error = InterruptedError(errno.EINTR, "commit was interrupted")
+            raise
         finally:
             with self._changed:
                 mine.done = True

@@ -52,6 +52,7 @@ class PoolCore:
         self.state.wake()
 
     def start(self) -> None:
+        self._watch_low_water()
         self.periodic.start()
         self.quarantine.start()
 

@@ -92,9 +92,11 @@ class ThinDevice:
                 chunk = self._chunks.get(block >> CHUNK_BITS)
                 if chunk is not None:
                     raw = chunk[block & CHUNK_MASK]
-                    if raw != UNMAPPED:
+                    if raw == UNMAPPED:
+                        _fill_with_zeros(view)
+                    else:
                         self._data.read(view, (raw >> TIME_BITS) * block_size + begin)
-                        return
+                    return
             self._read_pieces(offset, view)
         finally:
             traffic.leave(side)
