@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from devmapper.thin.metadata import PoolMetadata
 from devmapper.units import Bytes, ThinId, TransactionId
 
 NOBODY = 65534
+DOCS = Path(__file__).parents[2] / "docs"
 DAMAGED = 30
 
 
@@ -467,3 +469,39 @@ def test_a_dump_that_fails_leaves_no_file(metadata, tmp_path, capsys):
     assert main.run(["pool", "dump", str(metadata), "-o", str(target)]) == DAMAGED
     assert target.read_text() == whole
     assert sorted(os.listdir(tmp_path)) == ["metadata", "pool.xml"]
+
+
+# Documents
+
+
+def test_man_pages_are_up_to_date():
+    """`python tools/manpages.py` writes them."""
+    tool = runpy.run_path(str(DOCS.parent / "tools" / "manpages.py"))
+    written = {path.name: path.read_text() for path in (DOCS / "man").glob("*.md")}
+    assert written == tool["pages"]()
+
+
+def test_every_exit_code_is_documented():
+    listed = re.findall(r"^\| (\d+) \|", (DOCS / "cli.md").read_text(), re.MULTILINE)
+    codes = {kind.exit_code for kind in every_error_class()}
+    assert {int(code) for code in listed} == codes | {0, 1, border.INTERNAL_ERROR}
+
+
+def test_every_command_and_option_is_documented():
+    text = (DOCS / "cli.md").read_text()
+    command = typer.main.get_command(main.app)
+    for parameter in command.params:
+        if "--show-completion" in parameter.opts:
+            continue
+        assert any(f"`{option}" in text or f"{option}`" in text for option in parameter.opts)
+    for name in commands():
+        assert f"`{name}" in text or name == "pool dump"
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/cli.md", "docs/tutorial.md"]
+)
+def test_links_lead_somewhere(document):
+    path = DOCS.parent / document
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target

@@ -48,7 +48,8 @@ def create(
     layer: NewLayer,
     parent: Parent = "",
     size: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="Size of the layer, such as 20G.")
+        str,
+        typer.Option("--size", metavar="SIZE", help="Size of the layer (refused by this version)."),
     ] = "",
 ) -> None:
     """Make a layer.
