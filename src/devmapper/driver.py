@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
 
 from devmapper.deviceset.deviceset import DeviceSet
+from devmapper.deviceset.home import private_home, release_home
 from devmapper.deviceset.names import LayerId, file_name, layer_id
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
@@ -123,13 +124,13 @@ class Driver:
         if not self.devices.has_device(layer):
             raise LayerNotFound(layer)
         path = self._mount_point(layer)
-        self._make_home_private()
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
-        try:
-            self.devices.mount_device(layer, path, mount_label)
-        except BaseException:
-            self._remove_mount_point(layer)
-            raise
+        with private_home(self.home, self.devices.exclusive):
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            try:
+                self.devices.mount_device(layer, path, mount_label)
+            except BaseException:
+                self._remove_mount_point(layer)
+                raise
         try:
             _prepare_root(layer, path)
         except BaseException:
@@ -143,6 +144,7 @@ class Driver:
         self.devices.unmount_device(layer)
         if not self.devices.is_mounted(layer):
             self._remove_mount_point(layer)
+            release_home(self.home)
 
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
         return self.devices.has_device(layer_id(id))
@@ -249,9 +251,7 @@ class Driver:
     def cleanup(self) -> None:
         """Unmount every layer, let go of the pool, and undo the private mount of the home."""
         self.devices.shutdown()
-        home = self.devices.home
-        if _is_bound_onto_itself(home):
-            mount.unmount(home)
+        release_home(self.home, seconds=1.0)
 
     def close(self) -> None:
         """Let go of the graph; what is mounted stays mounted.  Idempotent."""
@@ -269,11 +269,6 @@ class Driver:
             pass
         except OSError as err:  # mounted after all, or it holds what somebody put there
             log.debug("%s stays: %s", path, err.strerror)
-
-    def _make_home_private(self) -> None:
-        """As moby's Init, but not before something is mounted below it."""
-        with self.devices.exclusive():
-            mount.make_private(self.devices.home)
 
     @contextmanager
     def _tree(self, id: str) -> Iterator[Path]:  # noqa: A002 - the seed's name
@@ -340,13 +335,6 @@ def _prepare_root(layer: str, path: Path) -> None:
 
 def mount_is_read_only(fd: int) -> bool:
     return bool(os.fstatvfs(fd).f_flag & os.ST_RDONLY)
-
-
-def _is_bound_onto_itself(home: Path) -> bool:
-    """Whether the mount at *home* is the one that `make_private` made, not a disk of the user's."""
-    if not mount.is_mount_point(home):
-        return False
-    return home.stat().st_dev == home.parent.stat().st_dev
 
 
 @contextmanager

@@ -7,7 +7,10 @@ the pool is closed and thin_check has the last word.
 import io
 import os
 import stat
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pytest
 import devmapper
 import devmapper.errors
 from devmapper.driver import Driver
-from devmapper.engine.port import Engine
+from devmapper.engine.port import Activation, Engine
 from devmapper.errors import (
     LayerBusy,
     LayerExists,
@@ -31,6 +34,20 @@ from tests.support import capabilities, export_tree, thin_tools
 
 # moby's own tests use these sizes (devmapper_test.go)
 GRAPH = ("dm.loopdatasize=300M", "dm.loopmetadatasize=200M", "dm.basesize=300M")
+
+
+WORKER = """
+import sys, devmapper, pathlib
+home, name, *options = sys.argv[1:]
+for number in range(3):
+    layer = f"{name}-{number}"
+    with devmapper.init(home, options) as driver:
+        driver.create(layer, "parent")
+        (pathlib.Path(driver.get(layer)) / "f").write_text(layer)
+        driver.put(layer)
+        if number == 1:
+            driver.remove(layer)
+"""
 
 
 def file_tree(root: Path) -> dict[str, export_tree.Inode]:
@@ -450,9 +467,74 @@ class GraphDriverSuite:
         driver.get("one")
         (entry,) = [m for m in mount.mountinfo() if m.mount_point == driver.home]
         assert entry.optional == ()
+        driver.create("two")
+        driver.get("two")
         driver.put("one")
-        driver.cleanup()
+        assert mount.is_mount_point(driver.home)
+        assert devmapper.mounted(driver.home / "mnt" / "two")
+        driver.put("two")
         assert not mount.is_mount_point(driver.home)
+
+    def test_a_home_that_the_user_mounted_stays_mounted(self, tmp_path):
+        source = tmp_path / "source"
+        home = tmp_path / "graph"
+        source.mkdir()
+        home.mkdir()
+        mount.mount(source, home, None, flags=mount.MountFlag.BIND)
+        try:
+            driver = self.open(home)
+            driver.create("one")
+            driver.get("one")
+            driver.put("one")
+            driver.cleanup()
+            assert mount.is_mount_point(home)
+            assert (source / "metadata" / "one").exists()
+        finally:
+            mount.unmount(home)
+
+    def test_a_device_that_is_still_open_is_removed_when_it_is_closed(self, home):
+        driver = self.open(home, "dm.use_deferred_removal=true")
+        try:
+            driver.create("one")
+            driver.get("one")
+            node = driver.devices.device_path("one")
+            assert node is not None
+            with node.open("rb"):
+                driver.put("one")
+                name = driver.devices.dev_info("one").name()
+                info = driver.devices.pool.info(name)
+                assert info is not None
+                assert info.state is Activation.LEAVING
+                driver.get("one")
+                info = driver.devices.pool.info(name)
+                assert info is not None
+                assert info.state is Activation.ACTIVE
+                driver.put("one")
+            deadline = time.monotonic() + 5
+            while driver.devices.has_activated_device("one"):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            clean_up(driver)
+
+    def test_many_processes_work_on_one_graph(self, driver, home):
+        """Each makes, mounts, fills and deletes layers of its own, on the same parent."""
+        driver.create("parent")
+        driver.get("parent")
+        workers = [
+            subprocess.Popen([sys.executable, "-c", WORKER, str(home), f"w{number}", *GRAPH])
+            for number in range(3)
+        ]
+        assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+        driver.put("parent")
+        assert driver.layers() == sorted(
+            ["parent", *(f"w{n}-{i}" for n in range(3) for i in (0, 2))]
+        )
+        for number in range(3):
+            root = Path(driver.get(f"w{number}-2"))
+            assert (root / "f").read_text() == f"w{number}-2"
+            driver.put(f"w{number}-2")
+        assert list(driver.devices.inconsistencies()) == []
 
     def test_cleanup_names_who_keeps_it_from_ending(self, driver):
         driver.create("one")

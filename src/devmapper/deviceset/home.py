@@ -1,0 +1,90 @@
+"""The home of a graph as a private mount: what is mounted below it stays in this namespace.
+
+Without that every layer would also be mounted in each container that starts, and its device would
+stay busy after we have unmounted it.  moby binds the home onto itself when its driver starts; here
+that lasts from the first mounted layer to the last one.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from devmapper.deviceset.busy import retry_while_busy
+from devmapper.linux import mount
+
+Exclusive = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def private_home(home: Path, exclusive: Exclusive) -> Iterator[None]:
+    """Make the home private for the duration, and for as long as something is mounted below it.
+
+    *exclusive* keeps other processes from doing the same: a second bind would hide what is mounted
+    below the first.
+    """
+    with exclusive():
+        pin = _bind_and_open(home)
+    try:
+        yield
+    finally:
+        os.close(pin)
+
+
+def release_home(home: Path, *, seconds: float = 0.0) -> None:
+    """Undo `private_home` unless something is mounted below the home, or has a file of it open.
+
+    Not under the graph's lock, whose own file is below the home.  The kernel decides: as long as
+    another process has the home pinned, unmounting is EBUSY.
+    """
+    if not is_bound_onto_itself(home) or _has_mounts_below(home):
+        return
+    try:
+        retry_while_busy(lambda: mount.unmount(home), seconds=seconds)
+    except OSError as err:
+        if err.errno not in (errno.EBUSY, errno.EINVAL):  # in use, or another one was faster
+            raise
+
+
+def _bind_and_open(home: Path) -> int:
+    """A descriptor inside the private mount, which cannot be unmounted while it is open."""
+    while True:
+        mount.make_private(home)
+        pin = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # `release_home` of another process may have come in between
+        if _mount_id(pin) in [entry.mount_id for entry in _mounts_at(home)]:
+            return pin
+        os.close(pin)
+
+
+def _mount_id(fd: int) -> int:
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "mnt_id":
+            return int(value)
+    raise OSError(errno.ENODATA, "fdinfo has no mnt_id", str(fd))
+
+
+def _mounts_at(home: Path) -> list[mount.MountEntry]:
+    real = Path(os.path.realpath(home))
+    return [entry for entry in mount.mountinfo() if entry.mount_point == real]
+
+
+def _has_mounts_below(home: Path) -> bool:
+    real = Path(os.path.realpath(home))
+    return any(real in entry.mount_point.parents for entry in mount.mountinfo())
+
+
+def is_bound_onto_itself(home: Path) -> bool:
+    """Whether the mount at *home* is such a bind, and not a disk or a bind of the user's."""
+    real = Path(os.path.realpath(home))
+    above = [entry for entry in mount.mountinfo() if real.is_relative_to(entry.mount_point)]
+    here = [entry for entry in above if entry.mount_point == real]
+    around = [entry for entry in above if entry.mount_point != real]
+    if not here or not around:
+        return False
+    bind = here[-1]
+    outer = max(reversed(around), key=lambda entry: len(entry.mount_point.parts))
+    own_root = Path(outer.root) / real.relative_to(outer.mount_point)
+    return bind.device == outer.device and Path(bind.root) == own_root
