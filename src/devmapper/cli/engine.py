@@ -1,14 +1,12 @@
 """Commands about the process that serves the pool in user space."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from devmapper.cli.output import pairs, show
 from devmapper.cli.settings import (
     Settings,
-    opened_driver,
     require_graph,
     require_root,
     settings_of,
@@ -17,6 +15,8 @@ from devmapper.errors import ThinBusy
 
 if TYPE_CHECKING:
     from devmapper.engine.port import DeviceInfo, Engine
+
+_RELEASE_SECONDS: Final = 1.0
 
 app = typer.Typer(help="Look at the engine of the pool, stop it.")
 
@@ -72,31 +72,21 @@ def stop(
     Example: devmapper engine stop
     """
     settings = settings_of(context)
+    from devmapper.deviceset.home import release_home
+    from devmapper.deviceset.shutdown import release_devices
+
     engine, name = _engine(settings)
-    stopped = engine.find_pool(name) is not None
-    if stopped and force:
-        with opened_driver(settings) as driver:
-            driver.cleanup()
-    else:
-        _deactivate(engine, name)
-    _release_home(settings.root)
-    show(settings, {"pool": name, "stopped": stopped})
-
-
-def _deactivate(engine: "Engine", name: str) -> None:
+    pool = engine.find_pool(name)
+    if pool is not None and force:
+        # Not by way of the driver: it opens no graph that is damaged
+        release_devices(pool)
     try:
         engine.deactivate_pool(name)
     except ThinBusy as err:
         err.hint = "unmount the layers with devmapper put, or use devmapper engine stop --force"
         raise
-
-
-def _release_home(root: Path) -> None:
-    """Undo the bind of the home onto itself that the driver makes when it mounts a layer."""
-    from devmapper.linux import mount
-
-    if mount.is_mount_point(root) and root.stat().st_dev == root.parent.stat().st_dev:
-        mount.unmount(root)
+    release_home(settings.root, seconds=_RELEASE_SECONDS)
+    show(settings, {"pool": name, "stopped": pool is not None})
 
 
 def _engine(settings: Settings) -> "tuple[Engine, str]":
