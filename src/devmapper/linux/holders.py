@@ -52,7 +52,7 @@ def _uses_of(
     visible = points
     uses = []
     namespace = _link(process / "ns/mnt")
-    if namespace not in seen_namespaces:
+    if namespace and namespace not in seen_namespaces:  # without a name: not ours to look into
         seen_namespaces.add(namespace)
         there = [m for m in mount.mountinfo(int(process.name)) if m.device == number]
         if there:
