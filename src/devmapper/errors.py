@@ -180,7 +180,8 @@ class PoolUnusable(PoolError):
     def __init__(self, mode: str, reason: str = "") -> None:
         why = f": {reason}" if reason else ""
         super().__init__(
-            f"pool is in mode {str(mode)!r}{why}", hint="devmapper pool check says what is damaged"
+            f"pool is in mode {str(mode)!r}{why}",
+            hint="devmapper engine stop, then devmapper pool check --clear-needs-check",
         )
         self.mode = mode
 

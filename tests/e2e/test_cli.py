@@ -10,7 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.checksum import seal
+from devmapper.thin.metadata import PoolMetadata
 from tests.support import thin_tools
 from tests.support.command import Command, commands
 
@@ -605,7 +606,16 @@ def test_heavy_modules_are_not_imported_for_exists(dm):
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "devmapper.engine.embedded.client" in loaded
-    heavy = {"rich", "zstandard", "tarfile", "asyncio", "unittest", "google_crc32c", "xml"}
+    heavy = {
+        "rich",
+        "zstandard",
+        "tarfile",
+        "asyncio",
+        "unittest",
+        "google_crc32c",
+        "xml",
+        "pydantic",
+    }
     assert loaded & heavy == set()
 
 
@@ -625,3 +635,34 @@ def test_tables_and_bars_on_a_terminal(dm):
     assert "EXCLUSIVE" in shown
     assert "─" in shown
     assert json.loads(dm("--json", "ls").out)
+
+
+def ask_for_a_check(metadata: Path) -> None:
+    """Leave a pool as a failed commit does."""
+    with closing(FileDevice.open(metadata)) as device:
+        PoolMetadata.open(device).set_needs_check(needs_check=True)
+
+
+def test_a_pool_that_asks_for_a_check_is_writable_after_it(tmp_path):
+    metadata = tmp_path / "home" / "devicemapper" / "metadata"
+    with commands(tmp_path / "home") as dm:
+        dm("create", "a")
+        dm.stop()
+        ask_for_a_check(metadata)
+        assert "'ro'" in dm.fails(22, "create", "b")
+        assert "a" in dm("ls").out.decode()
+        assert str(metadata) in dm.fails(12, "pool", "check", "--clear-needs-check")
+        dm.stop()
+        cleared = dm("--json", "pool", "check", "--clear-needs-check").json
+        assert cleared["needs_check"]
+        assert cleared["cleared_needs_check"]
+        dm("create", "b")
+        assert dm("--json", "pool", "status").json["mode"] == "rw"
+
+
+def test_another_block_size_is_refused_while_the_pool_is_in_use(dm):
+    dm("create", "a")
+    ended = dm.run("ls", options=("dm.blocksize=128K",))
+    assert ended.status == 25
+    assert "dm.blocksize asks for 131072" in ended.err
+    assert dm("exists", "a").status == 0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,10 +21,12 @@ from devmapper import errors
 from devmapper.cli import border, main
 from devmapper.cli.output import new_file, printable
 from devmapper.cli.settings import Settings
+from devmapper.engine.embedded.device_lock import device_lock
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.format import BLOCK_SIZE
 from devmapper.thin.metadata import PoolMetadata
+from devmapper.thin.superblock import read_superblock
 from devmapper.units import Bytes, ThinId, TransactionId
 
 NOBODY = 65534
@@ -308,7 +311,7 @@ def test_heavy_modules_are_not_imported_for_a_short_command():
     code = (
         "import sys, devmapper.cli.main, devmapper.driver, devmapper.engine.embedded.client;"
         "print(*sorted(set(sys.modules) & {'rich', 'zstandard', 'tarfile', 'asyncio', 'unittest',"
-        " 'xml', 'http', 'email', 'multiprocessing', 'google_crc32c'}))"
+        " 'xml', 'http', 'email', 'multiprocessing', 'google_crc32c', 'pydantic'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("", "")
@@ -377,6 +380,7 @@ def test_check_reports_json(metadata, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == {
         "metadata": str(metadata), "clean": True, "needs_check": False,
+        "cleared_needs_check": False,
         "leaked_data_blocks": 0, "leaked_metadata_blocks": 0, "damages": [], "notes": [],
     }  # fmt: skip
 
@@ -505,3 +509,31 @@ def test_links_lead_somewhere(document):
     path = DOCS.parent / document
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_needs_check_is_cleared_only_when_asked_and_sound(metadata, capsys):
+    def asks() -> bool:
+        with closing(FileDevice.open(metadata, read_only=True)) as device:
+            return read_superblock(device).needs_check
+
+    with closing(FileDevice.open(metadata)) as device:
+        PoolMetadata.open(device).set_needs_check(needs_check=True)
+    assert main.run(["pool", "check", str(metadata)]) == 0
+    assert asks()
+    with device_lock(metadata):
+        assert main.run(["pool", "check", str(metadata), "--clear-needs-check"]) == 12
+    assert asks()
+    capsys.readouterr()
+    assert main.run(["pool", "check", str(metadata), "--clear-needs-check"]) == 0
+    assert capsys.readouterr().out.endswith("needs_check is cleared\n")
+    assert not asks()
+
+
+def test_needs_check_stays_where_there_is_damage(metadata, capsys):
+    with closing(FileDevice.open(metadata)) as device:
+        PoolMetadata.open(device).set_needs_check(needs_check=True)
+        root = read_superblock(device).data_mapping_root
+    flip(metadata, root)
+    before = metadata.read_bytes()
+    assert main.run(["pool", "check", str(metadata), "--clear-needs-check"]) == 30
+    assert metadata.read_bytes() == before

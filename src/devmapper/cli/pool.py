@@ -98,11 +98,22 @@ def resize(
 
 
 @app.command()
-def check(context: typer.Context, metadata_file: MetadataFile = "") -> None:
+def check(
+    context: typer.Context,
+    metadata_file: MetadataFile = "",
+    clear_needs_check: Annotated[
+        bool,
+        typer.Option(
+            "--clear-needs-check",
+            help="If there is no damage, let a pool that asks for a check take writes again.",
+        ),
+    ] = False,
+) -> None:
     """Check pool metadata and list all damage.
 
-    Nothing is changed. With METADATA_FILE neither root nor an engine is needed. The pool of a
-    running engine is checked in the state of its last commit.
+    Nothing is changed, unless --clear-needs-check is given, for which the engine has to be stopped.
+    With METADATA_FILE neither root nor an engine is needed. The pool of a running engine is checked
+    in the state of its last commit.
 
     Example: devmapper pool check /var/lib/devmapper/devicemapper/metadata
     """
@@ -124,7 +135,9 @@ def check(context: typer.Context, metadata_file: MetadataFile = "") -> None:
             done = read
 
         report = check_metadata(device, progress=advanced)
-    show(settings, _describe(report, name), _in_words(report, name))
+    cleared = report.clean and clear_needs_check and _clear(Path(name))
+    words = _in_words(report, name) + ("\nneeds_check is cleared" if cleared else "")
+    show(settings, {**_describe(report, name), "cleared_needs_check": cleared}, words)
     if not report.clean:
         raise IntegrityError(
             f"metadata {name!r} have damage: {len(report.damages)} findings",
@@ -192,6 +205,14 @@ def _metadata(settings: Settings, file: str) -> Iterator[tuple[Path, str]]:
         copy = Path(directory) / "metadata"
         pool.export_metadata(copy)
         yield copy, str(own)
+
+
+def _clear(metadata: Path) -> bool:
+    """Whether needs_check was set, and is not any more."""
+    from devmapper.engine.embedded.needs_check import clear_needs_check
+    from devmapper.engine.port import Outcome
+
+    return clear_needs_check(metadata) is Outcome.DONE
 
 
 def _usage(usage: "DiskUsage") -> dict[str, int]:

@@ -17,6 +17,8 @@ from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.engine.port import ThinPool
 from devmapper.errors import (
     DevmapperError,
+    PoolFull,
+    PoolUnusable,
     ThinBusy,
     ThinIdExists,
     ThinIdMissing,
@@ -87,8 +89,9 @@ class Transaction:
         self.created_thin = True
         try:
             yield
-        except ThinIdExists:
-            self.created_thin = False  # it is somebody else's, and not ours to take back
+        except (ThinIdExists, PoolFull, PoolUnusable):
+            # It is somebody else's, or was refused before it began: nothing to take back
+            self.created_thin = False
             raise
         self._journal.checkpoint(Step.THIN_CREATED)
 
