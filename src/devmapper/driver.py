@@ -21,7 +21,7 @@ from devmapper.deviceset.names import LayerId, file_name, layer_id
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
 from devmapper.errors import LayerNotFound, MountFailed, UsageError
-from devmapper.linux import blockdev, mount
+from devmapper.linux import blockdev, libc, mount
 from devmapper.linux.blockdev import opened
 from devmapper.units import ThinId
 
@@ -202,13 +202,15 @@ class Driver:
     ) -> int:
         """Unpack a tar of changes into a layer; returns the sum of the sizes in its headers.
 
-        *parent* is taken for Docker's sake: the layer itself has all of its parent's files.
+        *parent* is taken for Docker's sake: the layer itself has all of its parent's files.  When
+        it returns, the files are durable; a pool or disk too full for them is an error here, where
+        unmounting would not tell.
         """
         from devmapper.layerdiff.apply import apply
 
         if parent and not self.exists(parent):
             raise LayerNotFound(parent)
-        with self._tree(id) as root:
+        with self._tree(id) as root, written_out(root):
             return apply(root, stream, progress=progress)
 
     def diff_size(self, id: str, parent: str = "") -> int:  # noqa: A002 - the seed's name
@@ -335,6 +337,14 @@ def _prepare_root(layer: str, path: Path) -> None:
 
 def mount_is_read_only(fd: int) -> bool:
     return bool(os.fstatvfs(fd).f_flag & os.ST_RDONLY)
+
+
+@contextmanager
+def written_out(root: Path) -> Iterator[None]:
+    """What is written below *root* meanwhile is durable afterwards, or that is an `OSError`."""
+    with opened(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as fd:
+        yield
+        libc.syncfs(fd)
 
 
 @contextmanager

@@ -99,10 +99,7 @@ def apply(
     check_layer_ids(layer, *filter(None, [parent]))
     with _source(source) as stream, opened_driver(settings) as driver:
         _require(driver, layer, parent)
-        with (
-            _written_out(driver, layer),
-            progress(f"apply {layer}", _size(stream)) as advance,
-        ):
+        with progress(f"apply {layer}", _size(stream)) as advance:
             size = driver.apply_diff(layer, parent, stream, progress=advance)
     show(settings, {"id": layer, "size": size})
 
@@ -146,41 +143,20 @@ def _filler(source: str) -> Iterator[Fill]:
     with _source(source) as stream:
 
         def unpack(driver: "Driver", layer: str) -> int:
-            with (
-                _written_out(driver, layer),
-                progress(f"import {layer}", _size(stream)) as advance,
-            ):
+            with progress(f"import {layer}", _size(stream)) as advance:
                 return driver.apply_diff(layer, "", stream, progress=advance)
 
         yield unpack
 
 
 def _copy_directory(driver: "Driver", layer: str, source: Path) -> int:
+    from devmapper.driver import written_out
     from devmapper.layerdiff.copytree import copy_tree
-
-    with (
-        _written_out(driver, layer) as root,
-        progress(f"import {layer}", None) as advance,
-    ):
-        return copy_tree(source, root, progress=advance)
-
-
-@contextmanager
-def _written_out(driver: "Driver", layer: str) -> Iterator[Path]:
-    """A layer's files; what is written to them is on disk afterwards, or that is an error.
-
-    Otherwise a pool that is full would be noticed when the layer is unmounted, by nobody.
-    """
-    from devmapper.linux import libc
 
     root = Path(driver.get(layer))
     try:
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield root
-            libc.syncfs(fd)
-        finally:
-            os.close(fd)
+        with written_out(root), progress(f"import {layer}", None) as advance:
+            return copy_tree(source, root, progress=advance)
     finally:
         driver.put(layer)
 
