@@ -66,6 +66,7 @@ class PoolFiles:
         """
         active = engine.find_pool(self.name)
         if active is not None:
+            _check_block_size(self._options.block_size, active.table().block_size)
             return active, False
         before()
         self._check_pair(has_layers)
@@ -176,11 +177,7 @@ class PoolFiles:
             found = data_block_size(superblock.block_size)
         except UsageError:
             return wanted or _DEFAULT_BLOCK_SIZE  # damaged: the engine says how
-        if wanted is not None and wanted != found:
-            raise PoolMismatch(
-                f"pool has blocks of {found} bytes, but dm.blocksize asks for {wanted}",
-                hint="leave dm.blocksize out: it is chosen when a pool is made",
-            )
+        _check_block_size(wanted, found)
         return found
 
     def _superblock(self) -> Superblock | None:
@@ -190,6 +187,14 @@ class PoolFiles:
         if len(raw) < BLOCK_SIZE or not any(raw):
             return None
         return Superblock.unpack(raw)
+
+
+def _check_block_size(wanted: Bytes | None, found: Bytes) -> None:
+    if wanted is not None and wanted != found:
+        raise PoolMismatch(
+            f"pool has blocks of {found} bytes, but dm.blocksize asks for {wanted}",
+            hint="leave dm.blocksize out: it is chosen when a pool is made",
+        )
 
 
 def _size(path: Path) -> Bytes:
