@@ -33,14 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for tier, probe in capabilities.PROBES.items():
-        if item.get_closest_marker(tier) is None:
-            continue
-        if reason := probe():
-            if tier in _REQUIRED:
-                pytest.fail(f"tier {tier!r} is required here: {reason}", pytrace=False)
-            _LEFT_OUT[f"{tier}: {reason}"] += 1
-            pytest.skip(f"{tier}: {reason}")
+    lacking = {
+        tier: reason
+        for tier, probe in capabilities.PROBES.items()
+        if item.get_closest_marker(tier) is not None and (reason := probe())
+    }
+    if not lacking:
+        return
+    words = "; ".join(f"{tier}: {reason}" for tier, reason in lacking.items())
+    if _REQUIRED & lacking.keys():
+        pytest.fail(f"required here, but lacking: {words}", pytrace=False)
+    _LEFT_OUT.update(f"{tier}: {reason}" for tier, reason in lacking.items())
+    pytest.skip(words)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

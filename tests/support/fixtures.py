@@ -26,9 +26,11 @@ def unpack_docker_graph(name: str, target: Path) -> Path:
         decompressor.stream_reader(packed) as stream,
         tarfile.open(fileobj=io.BufferedReader(stream), mode="r|") as archive,
     ):
+        if hasattr(tarfile, "tar_filter"):  # Debian's Python 3.11.2 has none yet
+            archive.extraction_filter = staticmethod(tarfile.tar_filter)
         for member in archive:
             if not member.isreg():
-                archive.extract(member, folder, filter="tar")
+                archive.extract(member, folder)
                 continue
             content = archive.extractfile(member)
             assert content is not None
