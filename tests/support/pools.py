@@ -21,6 +21,8 @@ from devmapper.units import KIB, MIB, Bytes, ThinId
 from tests.support.thin_tools import have_thin_tools, thin_check
 
 BLOCK: Final = 64 * KIB
+ONE, TWO, THREE = ThinId(1), ThinId(2), ThinId(3)
+SIZE = Bytes(4 * MIB)  # of a device
 
 
 def make_table(folder: Path, *, blocks: int = 256, **features: Any) -> PoolTable:
@@ -63,6 +65,10 @@ def raises_errno(code: int) -> Iterator[None]:
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno says it
         yield
     assert caught.value.errno == code
+
+
+def used(pool: EmbeddedPool) -> int:
+    return pool.status().used_data_blocks
 
 
 def fill(pool: EmbeddedPool, thin_id: ThinId) -> tuple[ThinDevice, int]:

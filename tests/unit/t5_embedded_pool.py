@@ -27,8 +27,10 @@ from devmapper.thin.metadata import PoolMetadata
 from devmapper.units import GIB, KIB, MIB, Bytes, ThinId, TransactionId
 from tests.support.pools import (
     BLOCK,
-    FaultyDataFile,
-    FaultyMetadataDevice,
+    ONE,
+    SIZE,
+    THREE,
+    TWO,
     Rig,
     assert_clean,
     make_table,
@@ -36,41 +38,6 @@ from tests.support.pools import (
     read,
     write,
 )
-
-ONE, TWO, THREE = ThinId(1), ThinId(2), ThinId(3)
-SIZE = Bytes(4 * MIB)
-
-
-@pytest.fixture
-def table(tmp_path):
-    return make_table(tmp_path)
-
-
-@pytest.fixture
-def pool(table):
-    with EmbeddedPool.open(table) as pool:
-        yield pool
-    assert_clean(table)
-
-
-@pytest.fixture
-def device(pool):
-    pool.create_thin(ONE)
-    return pool.open_device(ONE, SIZE)
-
-
-@pytest.fixture
-def rig(table):
-    """A pool on devices that can be made to fail."""
-    data = FaultyDataFile(os.open(table.data_device, os.O_RDWR | os.O_CLOEXEC), table.data_device)
-    device = FaultyMetadataDevice(FileDevice.open(table.metadata_device))
-    rig = Rig(table, data, device, commit_period=3600)
-    yield rig
-    rig.close()
-
-
-def used(pool: EmbeddedPool) -> int:
-    return pool.status().used_data_blocks
 
 
 class TestManagement:

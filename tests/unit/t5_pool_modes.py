@@ -12,11 +12,14 @@ from devmapper.engine.embedded.pool import EmbeddedPool, ThinDevice
 from devmapper.engine.port import PoolMode
 from devmapper.errors import PoolFull, PoolMismatch, PoolUnusable, Space
 from devmapper.thin.blocks import FileDevice
-from devmapper.units import MIB, Bytes, ThinId, TransactionId
+from devmapper.units import Bytes, ThinId, TransactionId
 from tests.support.pools import (
     BLOCK,
+    ONE,
+    SIZE,
+    THREE,
+    TWO,
     Background,
-    FaultyDataFile,
     FaultyMetadataDevice,
     Rig,
     assert_clean,
@@ -24,43 +27,9 @@ from tests.support.pools import (
     make_table,
     raises_errno,
     read,
+    used,
     write,
 )
-
-ONE, TWO, THREE = ThinId(1), ThinId(2), ThinId(3)
-SIZE = Bytes(4 * MIB)
-
-
-@pytest.fixture
-def table(tmp_path):
-    return make_table(tmp_path)
-
-
-@pytest.fixture
-def pool(table):
-    with EmbeddedPool.open(table) as pool:
-        yield pool
-    assert_clean(table)
-
-
-@pytest.fixture
-def device(pool):
-    pool.create_thin(ONE)
-    return pool.open_device(ONE, SIZE)
-
-
-@pytest.fixture
-def rig(table):
-    """A pool on devices that can be made to fail."""
-    data = FaultyDataFile(os.open(table.data_device, os.O_RDWR | os.O_CLOEXEC), table.data_device)
-    device = FaultyMetadataDevice(FileDevice.open(table.metadata_device))
-    rig = Rig(table, data, device, commit_period=3600)
-    yield rig
-    rig.close()
-
-
-def used(pool: EmbeddedPool) -> int:
-    return pool.status().used_data_blocks
 
 
 def create_many(pool: EmbeddedPool) -> None:
