@@ -13,6 +13,7 @@ from pathlib import Path
 
 from devmapper.deviceset.busy import retry_while_busy
 from devmapper.linux import mount
+from devmapper.linux.blockdev import DeviceNumber
 
 Exclusive = Callable[[], AbstractContextManager[None]]
 
@@ -82,9 +83,13 @@ def is_bound_onto_itself(home: Path) -> bool:
     above = [entry for entry in mount.mountinfo() if real.is_relative_to(entry.mount_point)]
     here = [entry for entry in above if entry.mount_point == real]
     around = [entry for entry in above if entry.mount_point != real]
-    if not here or not around:
+    if not here:
         return False
     bind = here[-1]
+    if not around:  # inside a chroot into a plain directory, whose own mount is not to be seen
+        inode = os.stat(real.parent)
+        outer_device = DeviceNumber(os.major(inode.st_dev), os.minor(inode.st_dev))
+        return bind.device == outer_device and bind.root.endswith(str(real))
     outer = max(reversed(around), key=lambda entry: len(entry.mount_point.parts))
     own_root = Path(outer.root) / real.relative_to(outer.mount_point)
     return bind.device == outer.device and Path(bind.root) == own_root
