@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from devmapper.linux import loop
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.checksum import seal
@@ -666,3 +667,30 @@ def test_another_block_size_is_refused_while_the_pool_is_in_use(dm):
     assert ended.status == 25
     assert "dm.blocksize asks for 131072" in ended.err
     assert dm("exists", "a").status == 0
+
+
+def test_a_pool_on_block_devices_of_its_own(tmp_path):
+    devices = []
+    for name, size in (("data", 1 << 30), ("metadata", 32 << 20)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+        devices.append(loop.attach(tmp_path / name))
+    try:
+        data, metadata = devices
+        options = (f"dm.datadev={data}", f"dm.metadatadev={metadata}", "dm.basesize=512M")
+        with commands(tmp_path / "home", options) as dm:
+            dm("create", "a")
+            root = Path(dm("get", "a").text.strip())
+            (root / "x").write_text("hello")
+            dm("put", "a")
+            dm.stop()
+            rows = dict(dm("--json", "info").json["status"])
+            assert (rows["Data file"], rows["Metadata file"]) == (str(data), str(metadata))
+            assert "Data loop file" not in rows
+            assert dm("changes", "a").text == "A /x\n"
+            dm.stop()
+            assert thin_tools.thin_check(metadata)
+            assert not (tmp_path / "home" / "devicemapper").exists()
+    finally:
+        for device in devices:
+            loop.detach(device)
