@@ -6,6 +6,7 @@ green by skipping.
 
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from tests.support import capabilities
 
 _LEFT_OUT: Counter[str] = Counter()
 _REQUIRED = frozenset(filter(None, os.environ.get("REQUIRE", "").split(",")))
+
+
+def pytest_configure() -> None:
+    # A shell ignores it for what it runs in the background, and commands under test inherit that
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
