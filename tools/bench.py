@@ -92,9 +92,9 @@ def qcow2(base: Path, size: int, *, cached: bool = False) -> Iterator[Path]:
         ]
     )  # fmt: skip
     try:
-        for _ in range(100):
-            if mountpoint.stat().st_size == size:
-                break
+        while mountpoint.stat().st_size != size:
+            if daemon.poll() is not None:
+                sys.exit(f"bench: qemu-storage-daemon ended with {daemon.returncode}")
             time.sleep(0.1)
         with loop_on(mountpoint) as device:
             fill(device, size)

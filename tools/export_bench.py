@@ -9,52 +9,16 @@ device of a pool behind the same adapter.
 
 import argparse
 import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.support.export_server import ExportServer
-from tools.bench import FIO_CASES, fill, fio, need_tools
+from tools.bench import FIO_CASES, fill, fio, need_tools, plain, qcow2
 
 from devmapper.linux import loop
-
-
-@contextmanager
-def plain(base: Path, size: int) -> Iterator[Path]:
-    path = base / "plain"
-    with open(path, "wb") as file:
-        file.truncate(size)
-    with loop.attached(path) as device:
-        fill(device, size)
-        yield device
-
-
-@contextmanager
-def qcow2(base: Path, size: int) -> Iterator[Path]:
-    image, mountpoint = base / "image.qcow2", base / "qcow2"
-    mountpoint.touch()
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(size)], check=True)
-    # fmt: off
-    daemon = subprocess.Popen([
-        "qemu-storage-daemon",
-        "--blockdev", f"driver=file,node-name=file,filename={image}",
-        "--blockdev", "driver=qcow2,node-name=image,file=file,discard=unmap",
-        "--export", f"fuse,id=export,node-name=image,mountpoint={mountpoint},writable=on",
-    ])
-    # fmt: on
-    try:
-        while mountpoint.stat().st_size != size:
-            assert daemon.poll() is None
-            time.sleep(0.1)
-        with loop.attached(mountpoint) as device:
-            fill(device, size)
-            yield device
-    finally:
-        daemon.terminate()
-        daemon.wait(30)
 
 
 @contextmanager
@@ -91,7 +55,12 @@ def main() -> None:
     args = parser.parse_args()
     need_tools()
     size = args.size_mib << 20
-    makers = {"plain loop": plain, "qcow2": qcow2, "export": export, "thin": thin}
+    makers = {
+        "plain loop": plain,
+        "qcow2": partial(qcow2, cached=True),
+        "export": export,
+        "thin": thin,
+    }
     with (
         tempfile.TemporaryDirectory(prefix="export-bench-", dir=args.dir) as base,
         ExitStack() as s,

@@ -21,7 +21,7 @@ from devmapper.errors import DevmapperError, EngineError, IntegrityError, PoolBu
 from devmapper.linux import loop, mount, process
 from devmapper.units import MIB, Bytes, ThinId, TransactionId
 from tests.support.engine_rig import POOL, Rig
-from tests.support.leftovers import assert_nothing_left, remaining
+from tests.support.leftovers import remaining
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -110,15 +110,6 @@ os.write(fd, b"x")
 os.fsync(fd)
 print("done", flush=True)
 """
-
-
-@pytest.fixture
-def rig(tmp_path, runtime_base):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.engine.deactivate_pool(POOL)
-    rig.check()
-    assert_nothing_left(runtime_base)
 
 
 @pytest.fixture

@@ -9,22 +9,13 @@ import pytest
 from devmapper.engine.embedded import runtime
 from devmapper.linux import mount, process
 from devmapper.units import MIB, Bytes, ThinId
-from tests.support.engine_rig import POOL, Rig
-from tests.support.leftovers import assert_nothing_left, remaining
+from tests.support.engine_rig import Rig
+from tests.support.leftovers import remaining
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
 SIZE = Bytes(64 * MIB)
 LAYER = ThinId(1)
-
-
-@pytest.fixture
-def rig(tmp_path, runtime_base):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.engine.deactivate_pool(POOL)
-    rig.check()
-    assert_nothing_left(runtime_base)
 
 
 @pytest.fixture

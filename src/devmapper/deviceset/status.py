@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from devmapper.engine.port import EngineFeatures, PoolMode, PoolStatus, ThinStatus
 from devmapper.linux.files import file_system_name
+from devmapper.thin.format import BLOCK_SIZE
 from devmapper.units import SECTOR_SIZE, Bytes, human_size
-
-_METADATA_BLOCK = 4096
 
 
 class DiskUsage(NamedTuple):
@@ -147,8 +146,8 @@ def _data_usage(pool: PoolStatus | None, loopback: str) -> DiskUsage:
 def _metadata_usage(pool: PoolStatus | None, loopback: str) -> DiskUsage:
     if pool is None:
         return DiskUsage()
-    used = pool.used_metadata_blocks * _METADATA_BLOCK
-    return _usage(used, pool.total_metadata_blocks * _METADATA_BLOCK, loopback)
+    used = pool.used_metadata_blocks * BLOCK_SIZE
+    return _usage(used, pool.total_metadata_blocks * BLOCK_SIZE, loopback)
 
 
 def _usage(used: int, total: int, loopback: str) -> DiskUsage:

@@ -14,6 +14,7 @@ from devmapper.units import Bytes
 
 _BLKGETSIZE64: Final = 0x80081272  # linux/fs.h
 _BLKDISCARD: Final = 0x1277
+_BLKZEROOUT: Final = 0x127F
 _U64: Final = Struct("=Q")
 _RANGE: Final = Struct("=QQ")
 
@@ -91,7 +92,17 @@ def discard(path: Path, offset: int = 0, length: int | None = None) -> None:
     """
     with opened(path, os.O_WRONLY) as fd:
         end = size_of(fd, path) if length is None else offset + length
-        _ioctl(fd, _BLKDISCARD, _RANGE.pack(offset, end - offset), "BLKDISCARD", path)
+        discard_range(fd, path, offset, end - offset)
+
+
+def discard_range(fd: int, path: Path, offset: int, length: int) -> None:
+    """BLKDISCARD a range of what is open as *fd*; *path* is for the error only."""
+    _ioctl(fd, _BLKDISCARD, _RANGE.pack(offset, length), "BLKDISCARD", path)
+
+
+def zero_range(fd: int, path: Path, offset: int, length: int) -> None:
+    """BLKZEROOUT a range of what is open as *fd*; *path* is for the error only."""
+    _ioctl(fd, _BLKZEROOUT, _RANGE.pack(offset, length), "BLKZEROOUT", path)
 
 
 def flush(path: Path) -> None:

@@ -9,17 +9,11 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from fcntl import ioctl
 from pathlib import Path
-from struct import Struct
 from typing import Final, Self
 
 from devmapper.linux import blockdev, files
 from devmapper.units import MIB, Bytes
-
-_BLKDISCARD: Final = 0x1277  # linux/fs.h
-_BLKZEROOUT: Final = 0x127F
-_RANGE: Final = Struct("=QQ")
 
 COPY_LENGTH: Final = MIB
 ZEROS: Final = memoryview(bytes(COPY_LENGTH))
@@ -173,7 +167,7 @@ class DataFile:
     def _zero_range(self, offset: int, length: int) -> None:
         try:
             if self._is_block_device:
-                ioctl(self.fd, _BLKZEROOUT, _RANGE.pack(offset, length))
+                blockdev.zero_range(self.fd, self.path, offset, length)
             else:
                 files.zero_range(self.fd, offset, length)
         except OSError as err:
@@ -182,6 +176,6 @@ class DataFile:
 
     def _discard(self, offset: int, length: int) -> None:
         if self._is_block_device:
-            ioctl(self.fd, _BLKDISCARD, _RANGE.pack(offset, length))
+            blockdev.discard_range(self.fd, self.path, offset, length)
         else:
             files.punch_hole(self.fd, offset, length)
