@@ -28,10 +28,22 @@ SEED = {
     "dm.override_udev_sync_check",
     "dm.use_deferred_removal",
 }
+LATER = {  # what Docker added until it removed the driver
+    "dm.use_deferred_deletion",
+    "dm.min_free_space",
+    "dm.xfs_nospace_max_retries",
+    "dm.libdm_log_level",
+    "dm.directlvm_device",
+    "dm.directlvm_device_force",
+    "dm.thinp_percent",
+    "dm.thinp_metapercent",
+    "dm.thinp_autoextend_percent",
+    "dm.thinp_autoextend_threshold",
+}
 
 
-def test_the_seeds_options_and_no_others_are_known():
-    assert set(OPTION_NAMES) == SEED
+def test_dockers_options_and_no_others_are_known():
+    assert set(OPTION_NAMES) == SEED | LATER
 
 
 def test_defaults_are_the_seeds():
@@ -66,6 +78,14 @@ def test_defaults_are_the_seeds():
         ("dm.blkdiscard=T", "blkdiscard", True),
         ("dm.override_udev_sync_check=1", "override_udev_sync_check", True),
         ("dm.use_deferred_removal=true", "use_deferred_removal", True),
+        ("dm.min_free_space=0%", "min_free_space", 0),
+        ("dm.min_free_space=99%", "min_free_space", 99),
+        ("dm.xfs_nospace_max_retries=0", "xfs_nospace_max_retries", 0),
+        ("dm.libdm_log_level=7", "libdm_log_level", 7),
+        ("dm.directlvm_device=/dev/sdb", "directlvm_device", Path("/dev/sdb")),
+        ("dm.directlvm_device_force=true", "directlvm_device_force", True),
+        ("dm.thinp_autoextend_percent=20", "thinp_autoextend_percent", 20),
+        ("dm.thinp_autoextend_threshold=80%", "thinp_autoextend_threshold", 80),
     ],
 )
 def test_each_option_is_read(word, field, value):
@@ -98,6 +118,7 @@ def test_repeatable_options_add_up_and_the_last_of_others_wins():
         (["dm.datadev=/dev/x", "dm.blkdiscard=true"], True),
         (["dm.blkdiscard=true", "dm.thinpooldev=x"], True),
         (["dm.blkdiscard=false"], False),
+        (["dm.directlvm_device=/dev/x"], False),
     ],
 )
 def test_discards_by_default_only_on_loop_files(words, discards):
@@ -125,6 +146,15 @@ def test_discards_by_default_only_on_loop_files(words, discards):
         ("dm.use_deferred_removal=", ("dm.use_deferred_removal=", "true or false")),
         ("dm.datadev=", ("dm.datadev=", "path")),
         ("dm.thinpooldev=/dev/sdb", ("dm.thinpooldev=/dev/sdb", "/dev/mapper/")),
+        ("dm.min_free_space=10", ("dm.min_free_space=10", "10%")),
+        ("dm.min_free_space=100%", ("dm.min_free_space=100%", "99")),
+        ("dm.min_free_space=-1%", ("dm.min_free_space=-1%", "0 to 99")),
+        ("dm.xfs_nospace_max_retries=-1", ("dm.xfs_nospace_max_retries=-1", "whole number")),
+        ("dm.xfs_nospace_max_retries=٣", ("dm.xfs_nospace_max_retries=٣", "whole number")),
+        ("dm.libdm_log_level=1", ("dm.libdm_log_level=1", "2 to 7")),
+        ("dm.libdm_log_level=x", ("dm.libdm_log_level=x", "2 to 7")),
+        ("dm.thinp_percent=100%", ("dm.thinp_percent=100%", "99")),
+        ("dm.thinp_autoextend_percent=101", ("dm.thinp_autoextend_percent=101", "100")),
     ],
 )
 def test_what_is_wrong_is_named(word, mentions):
@@ -134,9 +164,27 @@ def test_what_is_wrong_is_named(word, mentions):
 
 
 @pytest.mark.parametrize(
-    "name", ["dm.min_free_space", "dm.directlvm_device", "dm.libdm_log_level", "dm.thinp_percent"]
+    ("words", "mentions"),
+    [
+        (["dm.use_deferred_deletion=true"], "dm.use_deferred_removal"),
+        (["dm.directlvm_device=/dev/x", "dm.thinpooldev=y"], "exclude each other"),
+        (["dm.metadatadev=/dev/y", "dm.directlvm_device=/dev/x"], "exclude each other"),
+        (["dm.thinp_percent=90%"], "dm.thinp_metapercent"),
+        (["dm.thinp_metapercent=1%"], "dm.thinp_percent"),
+        (["dm.thinp_percent=99%", "dm.thinp_metapercent=2%"], "101%"),
+    ],
 )
-def test_later_options_are_recognised_and_refused(name):
-    with pytest.raises(UsageError, match="not supported yet by this version") as caught:
-        parse_options([f"{name}=10%"])
-    assert name in str(caught.value)
+def test_options_that_do_not_fit_together_are_refused(words, mentions):
+    with pytest.raises(UsageError, match=mentions):
+        parse_options(words)
+
+
+def test_a_disk_for_lvm_has_dockers_defaults():
+    chosen = parse_options(["dm.directlvm_device=/dev/x"]).direct_lvm
+    assert chosen is not None
+    assert chosen == (Path("/dev/x"), False, 95, 1, 20, 80)
+    words = ["dm.thinp_percent=50%", "dm.thinp_metapercent=5", "dm.directlvm_device=/dev/x"]
+    chosen = parse_options(words).direct_lvm
+    assert chosen is not None
+    assert (chosen.thinp_percent, chosen.thinp_metapercent) == (50, 5)
+    assert parse_options([]).direct_lvm is None

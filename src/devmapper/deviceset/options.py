@@ -14,6 +14,11 @@ DEFAULT_META_DATA_LOOPBACK_SIZE: Final = Bytes(2 * GIB)
 DEFAULT_BASE_FS_SIZE: Final = Bytes(10 * GIB)
 DEFAULT_THINP_BLOCK_SIZE: Final = 128  # sectors: 64 KiB
 DEFAULT_UDEV_SYNC_OVERRIDE: Final = False
+DEFAULT_MIN_FREE_SPACE: Final = 10  # percent
+DEFAULT_THINP_PERCENT: Final = 95
+DEFAULT_THINP_METAPERCENT: Final = 1
+DEFAULT_THINP_AUTOEXTEND_PERCENT: Final = 20
+DEFAULT_THINP_AUTOEXTEND_THRESHOLD: Final = 80
 
 _MAX_METADATA_DEVICE: Final = 16 * GIB
 _MIN_METADATA_DEVICE: Final = 64 * 1024
@@ -24,6 +29,17 @@ class FileSystem(StrEnum):
 
     EXT4 = "ext4"
     XFS = "xfs"
+
+
+class DirectLvm(NamedTuple):
+    """How a whole disk becomes a thin pool (moby `device_setup.go` directLVMConfig)."""
+
+    device: Path
+    force: bool = False  # also where the disk holds a file system
+    thinp_percent: int = DEFAULT_THINP_PERCENT  # of the volume group, as the next one
+    thinp_metapercent: int = DEFAULT_THINP_METAPERCENT
+    autoextend_percent: int = DEFAULT_THINP_AUTOEXTEND_PERCENT
+    autoextend_threshold: int = DEFAULT_THINP_AUTOEXTEND_THRESHOLD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,16 @@ class Options:
     block_size: Bytes | None = None
     override_udev_sync_check: bool | None = None
     use_deferred_removal: bool = False
+    use_deferred_deletion: bool = False
+    min_free_space: int = DEFAULT_MIN_FREE_SPACE  # percent of data and of metadata
+    xfs_nospace_max_retries: int | None = None
+    libdm_log_level: int | None = None
+    directlvm_device: Path | None = None
+    directlvm_device_force: bool = False
+    thinp_percent: int | None = None
+    thinp_metapercent: int | None = None
+    thinp_autoextend_percent: int | None = None
+    thinp_autoextend_threshold: int | None = None
     given: frozenset[str] = field(default=frozenset())
 
     @property
@@ -50,7 +76,25 @@ class Options:
         """By default only where the data device is a loop file, which gets its holes back."""
         if self.blkdiscard is not None:
             return self.blkdiscard
-        return self.data_device is None and self.thin_pool_device is None
+        return (
+            self.data_device is None
+            and self.thin_pool_device is None
+            and self.directlvm_device is None
+        )
+
+    @property
+    def direct_lvm(self) -> DirectLvm | None:
+        """The disk to make a pool of, with moby's defaults filled in; None without one."""
+        if self.directlvm_device is None:
+            return None
+        chosen = {
+            "thinp_percent": self.thinp_percent,
+            "thinp_metapercent": self.thinp_metapercent,
+            "autoextend_percent": self.thinp_autoextend_percent,
+            "autoextend_threshold": self.thinp_autoextend_threshold,
+        }
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return DirectLvm(self.directlvm_device, self.directlvm_device_force, **given)
 
 
 class _Setting(NamedTuple):
@@ -83,11 +127,6 @@ def parse_options(words: Iterable[str]) -> Options:
                 f"storage option {word!r} has no value: expected key=value",
                 hint="for example dm.basesize=20G",
             )
-        if name in _LATER:
-            raise UsageError(
-                f"storage option {name!r} is not supported yet by this version",
-                hint="leave it out",
-            )
         apply = _APPLY.get(name)
         if apply is None:
             raise UsageError(
@@ -95,7 +134,37 @@ def parse_options(words: Iterable[str]) -> Options:
             )
         options = apply(options, _Setting(name, value))
         options = replace(options, given=options.given | {name})
+    _check_combination(options)
     return options
+
+
+def _check_combination(options: Options) -> None:
+    """Refuse options that contradict each other, as moby does at its start."""
+    if options.use_deferred_deletion and not options.use_deferred_removal:
+        raise UsageError(
+            "dm.use_deferred_deletion=true needs dm.use_deferred_removal=true",
+            hint="give both, or neither",
+        )
+    if options.directlvm_device is not None:
+        other = next(
+            (
+                name
+                for name in ("dm.thinpooldev", "dm.datadev", "dm.metadatadev")
+                if name in options.given
+            ),
+            None,
+        )
+        if other is not None:
+            raise UsageError(f"dm.directlvm_device and {other} exclude each other")
+    if (options.thinp_percent is None) != (options.thinp_metapercent is None):
+        raise UsageError("dm.thinp_percent and dm.thinp_metapercent need each other")
+    if options.thinp_percent is not None and options.thinp_metapercent is not None:
+        total = options.thinp_percent + options.thinp_metapercent
+        if total > 100:
+            raise UsageError(
+                f"dm.thinp_percent and dm.thinp_metapercent are {total}% together,"
+                " expected at most 100%"
+            )
 
 
 def _size(setting: _Setting) -> Bytes:
@@ -191,6 +260,60 @@ def _use_deferred_removal(options: Options, setting: _Setting) -> Options:
     return replace(options, use_deferred_removal=_bool(setting))
 
 
+def _use_deferred_deletion(options: Options, setting: _Setting) -> Options:
+    return replace(options, use_deferred_deletion=_bool(setting))
+
+
+def _number(setting: _Setting, digits: str, lowest: int, highest: int) -> int:
+    """A whole number in decimal digits, and no others than these (no sign, no blank)."""
+    if not (digits.isascii() and digits.isdigit()) or not lowest <= int(digits) <= highest:
+        raise setting.wrong(f"a whole number from {lowest} to {highest}")
+    return int(digits)
+
+
+def _percent(setting: _Setting, highest: int) -> int:
+    return _number(setting, setting.value.removesuffix("%"), 0, highest)
+
+
+def _min_free_space(options: Options, setting: _Setting) -> Options:
+    if not setting.value.endswith("%"):
+        raise setting.wrong("a percentage such as 10%")
+    return replace(options, min_free_space=_percent(setting, 99))
+
+
+def _xfs_nospace_max_retries(options: Options, setting: _Setting) -> Options:
+    value = _number(setting, setting.value, 0, 2**31 - 1)  # what the kernel's int takes
+    return replace(options, xfs_nospace_max_retries=value)
+
+
+def _libdm_log_level(options: Options, setting: _Setting) -> Options:
+    return replace(options, libdm_log_level=_number(setting, setting.value, 2, 7))
+
+
+def _directlvm_device(options: Options, setting: _Setting) -> Options:
+    return replace(options, directlvm_device=_path(setting))
+
+
+def _directlvm_device_force(options: Options, setting: _Setting) -> Options:
+    return replace(options, directlvm_device_force=_bool(setting))
+
+
+def _thinp_percent(options: Options, setting: _Setting) -> Options:
+    return replace(options, thinp_percent=_percent(setting, 99))
+
+
+def _thinp_metapercent(options: Options, setting: _Setting) -> Options:
+    return replace(options, thinp_metapercent=_percent(setting, 99))
+
+
+def _thinp_autoextend_percent(options: Options, setting: _Setting) -> Options:
+    return replace(options, thinp_autoextend_percent=_percent(setting, 100))
+
+
+def _thinp_autoextend_threshold(options: Options, setting: _Setting) -> Options:
+    return replace(options, thinp_autoextend_threshold=_percent(setting, 100))
+
+
 _APPLY: Final[Mapping[str, Callable[[Options, _Setting], Options]]] = {
     "dm.basesize": _base_size,
     "dm.loopdatasize": _loop_data_size,
@@ -205,21 +328,15 @@ _APPLY: Final[Mapping[str, Callable[[Options, _Setting], Options]]] = {
     "dm.blocksize": _block_size,
     "dm.override_udev_sync_check": _override_udev_sync_check,
     "dm.use_deferred_removal": _use_deferred_removal,
+    "dm.use_deferred_deletion": _use_deferred_deletion,
+    "dm.min_free_space": _min_free_space,
+    "dm.xfs_nospace_max_retries": _xfs_nospace_max_retries,
+    "dm.libdm_log_level": _libdm_log_level,
+    "dm.directlvm_device": _directlvm_device,
+    "dm.directlvm_device_force": _directlvm_device_force,
+    "dm.thinp_percent": _thinp_percent,
+    "dm.thinp_metapercent": _thinp_metapercent,
+    "dm.thinp_autoextend_percent": _thinp_autoextend_percent,
+    "dm.thinp_autoextend_threshold": _thinp_autoextend_threshold,
 }
 OPTION_NAMES: Final = tuple(_APPLY)
-
-# Options that Docker added after 1.7
-_LATER: Final = frozenset(
-    {
-        "dm.use_deferred_deletion",
-        "dm.min_free_space",
-        "dm.xfs_nospace_max_retries",
-        "dm.libdm_log_level",
-        "dm.directlvm_device",
-        "dm.directlvm_device_force",
-        "dm.thinp_percent",
-        "dm.thinp_metapercent",
-        "dm.thinp_autoextend_percent",
-        "dm.thinp_autoextend_threshold",
-    }
-)

@@ -48,7 +48,11 @@ class Outcome(StrEnum):
 
 
 class PoolTable(NamedTuple):
-    """The pool's table line, `0 <len> thin-pool <metadata> <data> <block size> <low water> …`."""
+    """The pool's table line, `0 <len> thin-pool <metadata> <data> <block size> <low water> …`.
+
+    The two devices may be regular files.  An engine that needs block devices puts loop devices on
+    them, which go away with the pool; the table of the active pool then names the loop devices.
+    """
 
     metadata_device: Path
     data_device: Path
@@ -136,7 +140,10 @@ class ThinPool(Protocol):
         """Make everything done so far durable."""
 
     def resize(self, table: PoolTable) -> None:
-        """Load *table*, whose data size (or metadata device) has grown."""
+        """Load *table*, whose data size has grown, and take what the metadata device has grown by.
+
+        The files or devices have their new sizes already; devices of the pool may be in use.
+        """
 
     def export_metadata(self, target: Path) -> None:
         """Write a consistent copy of the pool's committed metadata to *target* (a sparse file)."""
@@ -168,7 +175,10 @@ class Engine(Protocol):
 
     def features(self) -> EngineFeatures: ...
     def find_pool(self, name: str) -> ThinPool | None:
-        """The pool if it is active now (in the kernel, or held by a running engine process)."""
+        """The pool if it is active now (in the kernel, or held by a running engine process).
+
+        `PoolMismatch` if the name belongs to something that is no thin pool.
+        """
 
     def activate_pool(self, name: str, table: PoolTable) -> ThinPool:
         """Activate; metadata whose first block is zero are formatted, as the kernel does it."""
