@@ -1,5 +1,6 @@
 """The public names: the seed's, all of them, loaded only when they are used."""
 
+import functools
 import inspect
 import re
 import subprocess
@@ -11,12 +12,45 @@ import pytest
 import devmapper
 from devmapper.units import GIB
 
-PAGE = Path(__file__).parents[2] / "docs" / "internals" / "compatibility.md"
-ROWS = re.findall(r"^\| `([\w.]+)` \| `devmapper\.([\w.]+)` \|$", PAGE.read_text(), re.MULTILINE)
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+TABLE = re.findall(
+    r"^\| `([\w.]+)` \| `devmapper\.([\w.]+)` \| (.+) \|$", PAGE.read_text(), re.MULTILINE
+)
+ROWS = [(go, python) for go, python, _ in TABLE]
+
+# Every exported name of Docker's package at 1.7.1-rc3, members behind a dot
+SEED = """
+DefaultDataLoopbackSize DefaultMetaDataLoopbackSize DefaultBaseFsSize DefaultThinpBlockSize
+DefaultUdevSyncOverride MaxDeviceId DeviceIdMapSz DMLogLevel
+DriverDeferredRemovalSupport EnableDeferredRemoval Init Mounted
+ProbeFsType NewDeviceSet DeviceSet DeviceSet.TransactionId
+DeviceSet.NextDeviceId DeviceSet.AddDevice DeviceSet.DMLog DeviceSet.DataDevicePath
+DeviceSet.DeleteDevice DeviceSet.GetDeviceStatus DeviceSet.HasActivatedDevice DeviceSet.HasDevice
+DeviceSet.List DeviceSet.MetadataDevicePath DeviceSet.MountDevice DeviceSet.ResizePool
+DeviceSet.Shutdown DeviceSet.Status DeviceSet.UnmountDevice Driver
+Driver.Cleanup Driver.Create Driver.Exists Driver.Get
+Driver.Put Driver.Remove Driver.Status Driver.String
+DevInfo DevInfo.Hash DevInfo.DeviceId DevInfo.Size
+DevInfo.TransactionId DevInfo.Initialized DevInfo.DevName DevInfo.Name
+DevStatus DevStatus.DeviceId DevStatus.Size DevStatus.TransactionId
+DevStatus.SizeInSectors DevStatus.MappedSectors DevStatus.HighestMappedSector Status
+Status.PoolName Status.DataFile Status.DataLoopback Status.MetadataFile
+Status.MetadataLoopback Status.Data Status.Metadata Status.SectorSize
+Status.UdevSyncSupported Status.DeferredRemoveEnabled DiskUsage DiskUsage.Used
+DiskUsage.Total DiskUsage.Available MetaData MetaData.Devices
+Transaction Transaction.OpenTransactionId Transaction.DeviceIdHash Transaction.DeviceId
+""".split()  # noqa: SIM905 - shorter, and as the page has them
+
+# Rows that show a call, such as "`list() -> list[str]`; all layers"
+CALLS = [
+    (python, call[1])
+    for _, python, words in TABLE
+    if (call := re.match(rf"`{python.split('.')[-1]}\((.*?)\)(?: -> [^`]+)?`", words))
+]
 
 
-def test_the_table_is_whole():
-    assert len(ROWS) == len({go for go, _ in ROWS}) > 70
+def test_the_page_has_every_name_of_the_seed_once():
+    assert sorted(go for go, _ in ROWS) == sorted(SEED)
 
 
 @pytest.mark.parametrize(("go", "python"), ROWS)
@@ -25,6 +59,26 @@ def test_every_name_of_the_seed_is_there(go, python):
     for part in python.split("."):
         assert hasattr(found, part), f"{go}: devmapper.{python} is missing"
         found = getattr(found, part)
+
+
+@pytest.mark.parametrize(("python", "shown"), CALLS)
+def test_calls_are_spelled_as_they_are(python, shown):
+    """A parameter that the page shows is there, in this order and with this default."""
+    found = functools.reduce(getattr, python.split("."), devmapper)
+    assert callable(found)
+    actual = [p for p in inspect.signature(found).parameters.values() if p.name != "self"]
+    words = [word for word in shown.split(", ") if word not in ("", "*", "…")]
+    assert len(actual) >= len(words) if "…" in shown else len(actual) == len(words)
+    for word, parameter in zip(words, actual, strict=False):
+        name, has_default, default = word.partition("=")
+        assert parameter.name == name
+        assert (parameter.default is not inspect.Parameter.empty) is bool(has_default)
+        if has_default:
+            assert repr(parameter.default).replace("'", '"') == default
+
+
+def test_most_calls_are_shown():
+    assert len(CALLS) > 25
 
 
 def test_all_names_the_public_ones():
