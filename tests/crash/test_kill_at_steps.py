@@ -1,0 +1,13 @@
+"""SIGKILL at every step, on the embedded engine with its process, socket, FUSE and loop devices."""
+
+import pytest
+
+from devmapper.engine.embedded.client import EmbeddedEngine
+from tests.conformance.kill_suite import KillSuite
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+class TestKillAtStepsOnEmbeddedEngine(KillSuite):
+    def make_engine(self) -> EmbeddedEngine:
+        return EmbeddedEngine()
