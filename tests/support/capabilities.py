@@ -48,4 +48,17 @@ def tools() -> str:
     return ""
 
 
-PROBES: Final[dict[str, Callable[[], str]]] = {"root": root, "fuse": fuse, "tools": tools}
+@functools.cache
+def uml() -> str:
+    """A kernel with dm-thin as a process: User Mode Linux."""
+    from tests.uml import boot
+
+    return boot.missing()
+
+
+PROBES: Final[dict[str, Callable[[], str]]] = {
+    "root": root,
+    "fuse": fuse,
+    "tools": tools,
+    "uml": uml,
+}
