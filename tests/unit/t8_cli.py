@@ -91,7 +91,7 @@ WRONG = [
     (["create", "ä" * 128], "has 256 bytes, expected at most 255"),
     (["create", "a\nb"], "cannot be printed"),
     (["create", "a", "--parent", "../b"], "layer id '../b'"),
-    (["create", "a", "--size", "10 G"], "size '10 G' is not a number"),
+    (["create", "a", "--size", "10 X"], "size '10 X' is not a number"),
     (["rm", "a", "b/c"], "layer id 'b/c'"),
     (["get", "a", "b"], "extra argument"),
     (["exists", "/"], "contains '/'"),
