@@ -45,8 +45,9 @@ def init(
     """Open the graph in *home*, making what is missing; the seed's `Init`.
 
     *engine* is which one to use: "auto", "kernel" or "embedded", or one that the caller has made.
-    With maps of a user namespace the home, the mount points and the root of each layer belong to
-    the container's root; `UsageError`, before anything is touched, for maps without one.
+    With maps of a user namespace (`deviceset.id_maps.IdMap`) the home, mount points and the root
+    of each layer belong to the container's root; `UsageError`, before anything is touched, for maps
+    without one.
     """
     root = container_root(uid_maps, gid_maps)
     return Driver(DeviceSet(home, options, engine=_engine(engine), owner=root))

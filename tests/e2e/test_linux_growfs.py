@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from devmapper.errors import ToolError
-from devmapper.linux import blockdev, growfs, loop, mount, xfs
+from devmapper.linux import blockdev, growfs, loop, mount, process, xfs
 from devmapper.linux.detached import mounted_detached
 from devmapper.linux.fs_geometry import geometry
 from devmapper.linux.kmsg import kernel_log
@@ -54,6 +55,28 @@ def test_it_grows_with_its_files(device: Path, fs_type: str, tmp_path: Path) -> 
         found = os.statvfs(place)
         assert found.f_blocks * found.f_frsize > 500 * MIB
     run([*CHECK[fs_type], str(device)])
+
+
+def test_mounted_growth_runs_no_program(
+    device: Path, fs_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is allowed, the ioctl does it; where it is not, e2fsck is asked."""
+
+    def refuse(argv: list[str], **_: object) -> None:
+        raise ToolError(argv, 99, "a program was run")
+
+    monkeypatch.setattr(process, "run", refuse)
+    if fs_type == "ext4" and not has_cap_sys_resource():
+        with pytest.raises(ToolError, match="e2fsck"):
+            growfs.grow(device)
+    else:
+        assert growfs.grow(device)
+        assert geometry(device).size == 620 * MIB
+
+
+def has_cap_sys_resource() -> bool:
+    (line,) = re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    return bool(int(line, 16) >> 24 & 1)
 
 
 def test_an_xfs_beside_its_origin(device: Path, fs_type: str, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def mount_layer(layer: LayerId, device: Path, path: Path, options: Options, labe
             mount.mount(device, path, fs_type, flags=chosen.flags, data=chosen.data)
         except OSError as err:
             reason = err.strerror or str(err)
-            if kernel := said.about(_kernel_name(device), fs_type):
+            sources = [fs_type, "selinux"] if label else [fs_type]
+            if kernel := said.about(_kernel_name(device), *filter(None, sources)):
                 reason = f"{reason} ({kernel})"
             raise MountFailed(file_name(layer), path, reason, hint=_label_hint(label)) from err
     if fs_type == "xfs" and options.xfs_nospace_max_retries is not None:

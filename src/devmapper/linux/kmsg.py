@@ -20,13 +20,13 @@ class KernelLog:
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
 
-    def about(self, name: str, fs_type: str = "") -> str:
+    def about(self, name: str, *sources: str) -> str:
         """What was said of the device *name* (such as `dm-3`), at most its last 256 characters.
 
-        With *fs_type* also what that file system said without naming any device, as it does of
-        options that it does not know.
+        Also what the *sources* said without naming any device, such as `ext4` of an option that it
+        does not know.
         """
-        own = (f"{fs_type}: ", f"{fs_type}-fs: ") if fs_type else ()
+        own = tuple(f"{source}{end}" for source in sources for end in (": ", "-fs: "))
         said = [
             text for text in self._messages() if _names(text, name) or text.lower().startswith(own)
         ]
