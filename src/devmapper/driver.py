@@ -6,21 +6,23 @@ around it: the differences between two layers as a tar.
 
 import logging
 import os
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.home import private_home, release_home
+from devmapper.deviceset.id_maps import IdMap, container_root
+from devmapper.deviceset.layer_options import parse_layer_options
+from devmapper.deviceset.layer_root import ROOTFS, make_owned, prepare_root
 from devmapper.deviceset.names import LayerId, file_name, layer_id
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
-from devmapper.errors import LayerNotFound, MountFailed, UsageError
+from devmapper.errors import LayerNotFound
 from devmapper.linux import blockdev, libc, mount
 from devmapper.linux.blockdev import opened
 from devmapper.units import ThinId
@@ -31,18 +33,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROOTFS: Final = "rootfs"
-_ID_FILE: Final = "id"
-
 
 def init(
-    home: Path | str, options: Iterable[str] = (), *, engine: "Preference | Engine" = "auto"
+    home: Path | str,
+    options: Iterable[str] = (),
+    *,
+    engine: "Preference | Engine" = "auto",
+    uid_maps: Iterable[IdMap] = (),
+    gid_maps: Iterable[IdMap] = (),
 ) -> "Driver":
     """Open the graph in *home*, making what is missing; the seed's `Init`.
 
     *engine* is which one to use: "auto", "kernel" or "embedded", or one that the caller has made.
+    With maps of a user namespace (`deviceset.id_maps.IdMap`) the home, mount points and the root
+    of each layer belong to the container's root; `UsageError`, before anything is touched, for maps
+    without one.
     """
-    return Driver(DeviceSet(home, options, engine=_engine(engine)))
+    root = container_root(uid_maps, gid_maps)
+    return Driver(DeviceSet(home, options, engine=_engine(engine), owner=root))
 
 
 def mounted(path: Path | str) -> bool:
@@ -100,17 +108,13 @@ class Driver:
     ) -> None:
         """Make layer *id* on top of *parent*, or on the empty base layer.
 
-        *mount_label* is taken for Docker's sake: labels are given at the mount.
+        *storage_opt* may hold `size`, such as "20G": at least the parent's size.  *mount_label* is
+        taken for Docker's sake: labels are given at the mount.
         """
-        for key in storage_opt or {}:
-            known = key.lower() == "size"
-            raise UsageError(
-                f"storage option {key!r} of a layer is "
-                + ("not supported yet by this version" if known else "unknown")
-            )
+        options = parse_layer_options(storage_opt or {})
         if mount_label:
             log.debug("layer %r: its label is set when it is mounted", id)
-        self.devices.add_device(id, parent)
+        self.devices.add_device(id, parent, size=options.size)
 
     def remove(self, id: str) -> None:  # noqa: A002 - the seed's name
         """Delete a layer; one that does not exist is removed already."""
@@ -125,18 +129,19 @@ class Driver:
             raise LayerNotFound(layer)
         path = self._mount_point(layer)
         with private_home(self.home, self.devices.exclusive):
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for directory in (path.parent, path):
+                make_owned(directory, 0o755, self.devices.owner)
             try:
                 self.devices.mount_device(layer, path, mount_label)
             except BaseException:
                 self._remove_mount_point(layer)
                 raise
         try:
-            _prepare_root(layer, path)
+            prepare_root(layer, path, self.devices.owner)
         except BaseException:
             self.put(layer)
             raise
-        return str(path / _ROOTFS)
+        return str(path / ROOTFS)
 
     def put(self, id: str) -> None:  # noqa: A002 - the seed's name
         """Take back one `get`; the last one unmounts the layer and removes its mount point."""
@@ -306,37 +311,6 @@ def _changes(new: Path, old: Path | None) -> "list[Change]":
     from devmapper.layerdiff.changes import changes
 
     return changes(new, old)
-
-
-def _prepare_root(layer: str, path: Path) -> None:
-    """Make `rootfs` and `id` in a layer's file system if they are missing.
-
-    The file system may come from a stranger: whatever stands in their place is not followed.
-    """
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as top:
-        try:
-            found = os.stat(_ROOTFS, dir_fd=top, follow_symlinks=False)
-        except FileNotFoundError:
-            os.mkdir(_ROOTFS, 0o755, dir_fd=top)
-            os.chmod(_ROOTFS, 0o755, dir_fd=top)  # noqa: S103 - a layer's root is for everybody
-        else:
-            if not stat.S_ISDIR(found.st_mode):
-                raise MountFailed(layer, path, f"its {_ROOTFS!r} is not a directory")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            fd = os.open(_ID_FILE, flags, 0o600, dir_fd=top)
-        except FileExistsError:
-            return  # a snapshot still has the id of the ancestor that was mounted first
-        except OSError as err:
-            if mount_is_read_only(top):
-                return
-            raise MountFailed(layer, path, f"{_ID_FILE}: {err.strerror}") from err
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(layer)
-
-
-def mount_is_read_only(fd: int) -> bool:
-    return bool(os.fstatvfs(fd).f_flag & os.ST_RDONLY)
 
 
 @contextmanager

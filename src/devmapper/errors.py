@@ -122,11 +122,11 @@ class MountFailed(LayerError):
 
     exit_code = 15
 
-    def __init__(self, layer: str, path: Path, reason: str) -> None:
+    def __init__(self, layer: str, path: Path, reason: str, *, hint: str = "") -> None:
         super().__init__(
             layer,
             f"layer {layer!r} could not be mounted on {str(path)!r}: {reason}",
-            hint="dm.mountopt and the kernel's log may say more",
+            hint=hint or "dm.mountopt and the kernel's log may say more",
         )
         self.path = path
         self.reason = reason

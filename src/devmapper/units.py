@@ -22,7 +22,9 @@ KIB: Final = 1024
 MIB: Final = 1024**2
 GIB: Final = 1024**3
 
-_SIZE: Final = re.compile(r"(\d+)([kmgtp]?)b?", re.IGNORECASE | re.ASCII)
+_SIZE: Final = re.compile(
+    r"(\d{1,99})(?:\.(\d{1,99}))? ?(?:([kmgtp])i?)?b?", re.IGNORECASE | re.ASCII
+)
 _HUMAN_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 
 
@@ -50,16 +52,19 @@ def sectors(value: Bytes) -> Sectors:
 
 
 def parse_size(text: str) -> Bytes:
-    """Read a size as Docker's `units.RAMInBytes` does: digits, one of kmgtp, an optional b.
+    """Read a size as Docker's `units.RAMInBytes` does: 64K, 10g, 1.5 GiB.
 
-    Powers of 1024, no blanks, no fractions.  Docker lets large values overflow; we refuse what
-    does not fit a signed 64-bit integer.
+    A number, maybe a blank, maybe one of kmgtp with an optional i, an optional b: powers of 1024
+    in any spelling.  What is left of a fraction is cut off at whole bytes.  Decimals, the blank and
+    the i came to Docker after 1.7.  Docker lets large values overflow; we refuse what does not fit
+    a signed 64-bit integer.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"size {text!r} is not a number with an optional unit such as 10G or 64K")
-    digits, unit = match.groups()
-    value = int(digits) * 1024 ** " kmgtp".index(unit.lower() or " ")
+    whole, fraction, unit = match.groups(default="")
+    factor = 1024 ** " kmgtp".index(unit.lower() or " ")
+    value = int(whole + fraction) * factor // 10 ** len(fraction)
     if value >= 2**63:
         raise UsageError(f"size {text!r} is larger than any device can be")
     return Bytes(value)

@@ -30,6 +30,7 @@ from devmapper.errors import (
 )
 from devmapper.linux import mount
 from devmapper.units import MIB
+from tests.conformance.sizes_and_mounts import SizesAndMounts
 from tests.support import capabilities, export_tree, thin_tools
 
 # moby's own tests use these sizes (devmapper_test.go)
@@ -65,7 +66,7 @@ def clean_up(driver: Driver) -> None:
         assert thin_tools.thin_check(home / "devicemapper" / "metadata")
 
 
-class GraphDriverSuite:
+class GraphDriverSuite(SizesAndMounts):
     def make_engine(self) -> Engine:
         raise NotImplementedError
 
@@ -260,8 +261,8 @@ class GraphDriverSuite:
                 driver.remove(unfit)
             with pytest.raises(UsageError):
                 driver.get(unfit)
-        with pytest.raises(UsageError, match="not supported yet"):
-            driver.create("sized", storage_opt={"size": "20G"})
+        with pytest.raises(UsageError, match="smaller than its parent"):
+            driver.create("sized", storage_opt={"size": "20M"})
         with pytest.raises(UsageError, match="unknown"):
             driver.create("odd", storage_opt={"colour": "red"})
         assert driver.layers() == ["one"]
@@ -432,6 +433,7 @@ class GraphDriverSuite:
         assert names == [
             "Pool Name",
             "Pool Blocksize",
+            "Base Device Size",
             "Backing Filesystem",
             "Data file",
             "Metadata file",
@@ -446,6 +448,7 @@ class GraphDriverSuite:
             "Data loop file",
             "Metadata loop file",
             "Library Version",
+            "Base Filesystem",
             "Engine",
         ]
         rows = dict(driver.status())

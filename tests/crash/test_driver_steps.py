@@ -1,4 +1,4 @@
-"""A crash at every step of making a graph, making a layer and deleting one.
+"""A crash at every step of making a graph, making a layer, letting it grow, and deleting one.
 
 The steps come from the code (`Step`), so that a new one without a place here fails a test.  Each is
 tried with a pool that commits as late as it may, with one that commits after every message, and
@@ -6,6 +6,7 @@ with an engine that outlives the command.
 """
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.names import GraphNames
 from devmapper.deviceset.steps import Step
+from devmapper.linux.fs_geometry import geometry
+from devmapper.units import MIB, Bytes, ThinId
 from tests.support.graphs import (
     CrashAt,
     SimulatedCrash,
@@ -46,6 +49,8 @@ DELETION = [
     Step.RECORD_REMOVED,
     Step.COMMITTED,
 ]
+SIZED_CREATION = [*CREATION, Step.LAYER_GROWN, Step.LAYER_COMPLETED]
+BASE_GROWTH = [Step.BASE_SIZE_RECORDED, Step.BASE_GROWN, Step.BASE_GROWTH_RECORDED]
 RECOVERY = [Step.RECOVERED_THIN, Step.RECOVERED_RECORD, Step.RECOVERED]
 
 POOLS = ["late commit", "early commit", "engine lives on"]
@@ -66,13 +71,17 @@ class Machine:
         self._lives_on = kind == "engine lives on"
 
     def crash(
-        self, home: Path, step: Step, operation: Callable[[DeviceSet], None] | None
+        self,
+        home: Path,
+        step: Step,
+        operation: Callable[[DeviceSet], None] | None,
+        *options: str,
     ) -> list[Step]:
         """Run *operation* on the graph (None: open it) until it crashes at *step*."""
         crash = CrashAt(step)
         if operation is None:
             with pytest.raises(SimulatedCrash):
-                open_small(home, self.engine, checkpoint=crash)
+                open_small(home, self.engine, *options, checkpoint=crash)
         else:
             devices = open_small(home, self.engine, checkpoint=crash)
             with pytest.raises(SimulatedCrash):
@@ -98,8 +107,23 @@ def graph(template, tmp_path):
     return Path(shutil.copytree(template, tmp_path / "graph"))
 
 
+def check_grown(devices: DeviceSet, layer: str, size: int) -> None:
+    """The record has the size, and the file system fills the device."""
+    info = devices.dev_info(layer)
+    assert info.size == size
+    name = info.name()
+    was_active = devices.has_activated_device(layer)
+    device = devices.pool.activate(name, ThinId(info.device_id), Bytes(size))
+    found = geometry(device)
+    assert found.size == size
+    assert subprocess.run(["e2fsck", "-fn", device], capture_output=True).returncode == 0
+    if not was_active:
+        devices.pool.deactivate(name)
+
+
 def test_every_step_of_the_code_is_crashed_at():
-    assert {*FIRST_START, *CREATION, *DELETION, *RECOVERY} == set(Step)
+    places = {*FIRST_START, *CREATION, *SIZED_CREATION, *BASE_GROWTH, *DELETION, *RECOVERY}
+    assert places == set(Step)
 
 
 def test_the_operations_pass_these_steps_and_no_others(tmp_path):
@@ -113,7 +137,15 @@ def test_the_operations_pass_these_steps_and_no_others(tmp_path):
     seen.seen.clear()
     devices.delete_device("one")
     assert seen.seen == DELETION
+    seen.seen.clear()
+    devices.add_device("large", "", size=16 * MIB)
+    assert seen.seen == SIZED_CREATION
     devices.shutdown()
+    seen.seen.clear()
+    with open_small(tmp_path, engine, "dm.basesize=16M", checkpoint=seen) as devices:
+        before = [Step.DATA_FILE_MADE, Step.METADATA_FILE_MADE, Step.POOL_ACTIVATED]
+        assert seen.seen == [*before, *BASE_GROWTH]
+        devices.shutdown()
 
 
 @pytest.mark.parametrize("step", FIRST_START)
@@ -137,6 +169,38 @@ def test_creation(graph, machine, step):
         if not exists:
             devices.add_device("three", "two")
         assert devices.list() == ["", "one", "three", "two"]
+        check_consistent(graph, devices)
+
+
+@pytest.mark.parametrize("step", SIZED_CREATION)
+def test_creation_of_a_layer_that_is_larger(graph, machine, step):
+    """It is there with its whole file system, or it is not there."""
+    machine.crash(graph, step, lambda devices: devices.add_device("three", "two", size=16 * MIB))
+    with open_small(graph, machine.engine) as devices:
+        exists = step is Step.LAYER_COMPLETED
+        assert devices.has_device("three") is exists
+        assert ("three" in records(graph)) is exists
+        check_consistent(graph, devices)
+        if not exists:
+            devices.add_device("three", "two", size=16 * MIB)
+        check_grown(devices, "three", 16 * MIB)
+        check_consistent(graph, devices)
+
+
+@pytest.mark.parametrize("step", BASE_GROWTH)
+@pytest.mark.parametrize("again", [None, "16M", "24M"])
+def test_growth_of_the_base(graph, machine, step, again):
+    """It is completed by the next start, whether that has the option again or not."""
+    machine.crash(graph, step, None, "dm.basesize=16M")
+    with open_small(graph, machine.engine, base_size=again) as devices:
+        size = 24 * MIB if again == "24M" else 16 * MIB
+        check_grown(devices, "", size)
+        assert set(records(graph)["base"]) == {
+            "device_id", "size", "transaction_id", "initialized", "deleted",
+        }  # fmt: skip
+        devices.add_device("new", "")
+        check_grown(devices, "new", size)
+        assert records(graph)["one"]["size"] == 8 * MIB
         check_consistent(graph, devices)
 
 

@@ -275,6 +275,33 @@ def test_of_two_that_make_the_same_layer_one_is_told_no(dm):
     assert sorted(ended.status for ended in ends) == [0, 11, 11, 11]
 
 
+def test_sizes_of_their_own(dm):
+    dm("create", "a")
+    dm("create", "b", "--parent", "a", "--size", "1.5 G")
+    dm("create", "c", "--parent", "b")
+    sizes = {each["id"]: each["size"] for each in dm("--json", "ls").json}
+    assert sizes == {"base": 256 << 20, "a": 256 << 20, "b": 3 << 29, "c": 3 << 29}
+    found = os.statvfs(dm("get", "c").text.strip())
+    assert found.f_blocks * found.f_frsize > 1 << 30
+    dm("put", "c")
+    message = dm.fails(2, "create", "d", "--parent", "b", "--size", "1G")
+    assert message == (
+        f"layer of {1 << 30} bytes is smaller than its parent 'b', which has {3 << 29} bytes"
+    )
+    assert "smaller than the base layer" in dm.fails(2, "ls", options=("dm.basesize=1M",))
+    assert dm.run("create", "e", options=("dm.basesize=512M",)).status == 0
+    info = dm.run("--json", "info", options=("dm.basesize=512M",)).json
+    assert info["status"]["Base Device Size"] == "536.9 MB"
+
+
+def test_containers_in_a_user_namespace(dm):
+    dm("create", "a")
+    root = Path(dm("--id-map", "0:100000:65536", "get", "a").text.strip())
+    assert (root.stat().st_uid, root.stat().st_gid) == (100000, 100000)
+    assert root.parents[2].stat().st_uid == 100000
+    dm("put", "a")
+
+
 # What is wrong
 
 

@@ -11,9 +11,9 @@ from tests.support.local_engine import LocalEngine
 SMALL = (
     "dm.loopdatasize=4M",
     "dm.loopmetadatasize=4M",
-    "dm.basesize=8M",
     "dm.mkfsarg=-q",
 )
+BASE_SIZE = "8M"
 
 
 class SimulatedCrash(BaseException):
@@ -37,9 +37,15 @@ class CrashAt:
 
 
 def open_small(
-    home: Path, engine: LocalEngine, *options: str, checkpoint: Checkpoint = no_checkpoint
+    home: Path,
+    engine: LocalEngine,
+    *options: str,
+    base_size: str | None = BASE_SIZE,
+    checkpoint: Checkpoint = no_checkpoint,
 ) -> DeviceSet:
-    return DeviceSet(home, (*SMALL, *options), engine=engine, checkpoint=checkpoint)
+    """A graph with a base of 8 MiB; None as *base_size* leaves that as it is."""
+    chosen = [*SMALL, *([f"dm.basesize={base_size}"] if base_size else []), *options]
+    return DeviceSet(home, chosen, engine=engine, checkpoint=checkpoint)
 
 
 def records(home: Path) -> dict[str, dict[str, object]]:

@@ -129,6 +129,7 @@ class LocalPool:
         shutil.copyfile(self._table.metadata_device, target)
 
     def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
+        self._fail("activate")
         self._must_exist(thin_id)
         if name not in self._active:
             content = self._content(thin_id)

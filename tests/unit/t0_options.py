@@ -135,7 +135,7 @@ def test_discards_by_default_only_on_loop_files(words, discards):
         ("dm.basesize=", ("dm.basesize=", "size")),
         ("dm.basesize=-1", ("dm.basesize=-1", "size")),
         ("dm.basesize=0", ("dm.basesize=0", "larger than 0")),
-        ("dm.basesize=1.5G", ("dm.basesize=1.5G", "size")),
+        ("dm.basesize=1.5.0G", ("dm.basesize=1.5.0G", "size")),
         ("dm.loopmetadatasize=17G", ("dm.loopmetadatasize=17G", "16G")),
         ("dm.loopmetadatasize=4K", ("dm.loopmetadatasize=4K", "64K")),
         ("dm.fs=btrfs", ("dm.fs=btrfs", "ext4 or xfs")),

@@ -10,13 +10,34 @@ from devmapper import errors, units
 @pytest.mark.parametrize(
     ("text", "value"),
     [("0", 0), ("512", 512), ("64K", 65536), ("10g", 10 * 1024**3), ("2GB", 2 * 1024**3),
-     ("1t", 1024**4), ("3Pb", 3 * 1024**5), ("7b", 7)],
+     ("1t", 1024**4), ("3Pb", 3 * 1024**5), ("7b", 7),
+     # what go-units of Docker 20.10 reads as well
+     ("1.5G", 3 * 1024**3 // 2), ("10 G", 10 * 1024**3), ("64KiB", 65536), ("2 mi", 2 * 1024**2),
+     ("0.3", 0), ("0.1k", 102), ("1.0000000000000000001p", 1024**5)],
 )  # fmt: skip
 def test_sizes_as_docker_reads_them(text, value):
     assert units.parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", " 1", "1 ", "-1", "1.5G", "G", "1kib", "1e3", "٣K", "9" * 30])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " 1",
+        "-1",
+        "1.G",
+        ".5G",
+        "1.2.3",
+        "G",
+        "1  K",
+        "1K b",
+        "1ib",
+        "1e3",
+        "٣K",
+        "9" * 30,
+        "9" * 5000,
+    ],
+)
 def test_bad_sizes_are_refused_by_name(text):
     with pytest.raises(errors.UsageError, match="size"):
         units.parse_size(text)

@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from devmapper.deviceset.mounting import label_of
 from devmapper.deviceset.mountopts import mount_options
 from devmapper.deviceset.options import parse_options
 from devmapper.deviceset.requirements import check_engine
-from devmapper.deviceset.status import DevStatus, PoolPaths, dev_status, graph_status, rows
+from devmapper.deviceset.status import (
+    BaseLayer,
+    DevStatus,
+    PoolPaths,
+    dev_status,
+    graph_status,
+    rows,
+)
 from devmapper.engine.port import EngineFeatures, PoolMode, PoolStatus, ThinStatus
 from devmapper.errors import EnvironmentLacking, UsageError
 from devmapper.linux.mount import MountFlag
@@ -25,14 +33,21 @@ POOL = PoolStatus(
 )  # fmt: skip
 
 
+BASE = BaseLayer(Bytes(10 * GIB), "xfs")
+
+
 def status_of(pool: PoolStatus | None, paths: PoolPaths, home: Path) -> dict[str, str]:
-    return dict(rows(graph_status(home, "p-pool", paths, pool, FEATURES, deferred_removal=False)))
+    return dict(
+        rows(graph_status(home, "p-pool", paths, pool, FEATURES, BASE, deferred_removal=False))
+    )
 
 
 def test_rows_have_dockers_numbers(tmp_path):
     """The numbers are those of a pool of dockerd 20.10 and what its `docker info` made of them."""
     found = status_of(POOL, PoolPaths("/dev/loop1", "", "/dev/loop2", ""), tmp_path)
     assert found["Pool Blocksize"] == "65.54 kB"
+    assert found["Base Device Size"] == "10.74 GB"
+    assert found["Base Filesystem"] == "xfs"
     assert found["Data Space Used"] == "39.26 MB"
     assert found["Data Space Total"] == "2.147 GB"
     assert found["Data Space Available"] == "2.108 GB"
@@ -52,7 +67,13 @@ def test_a_loop_file_has_no_more_than_its_file_system(tmp_path):
     file.write_bytes(b"")
     huge = POOL._replace(total_data_blocks=2**40)
     found = graph_status(
-        tmp_path, "p", PoolPaths("d", str(file), "m", ""), huge, FEATURES, deferred_removal=False
+        tmp_path,
+        "p",
+        PoolPaths("d", str(file), "m", ""),
+        huge,
+        FEATURES,
+        BASE,
+        deferred_removal=False,
     )
     assert found.data.available < found.data.total - found.data.used
 
@@ -92,6 +113,35 @@ def test_mount_options_come_in_dockers_order():
         'nouuid,discard,x=1,context="u:r:t:s0:c1,c2"',
     )
     assert mount_options("ext4", ("ro,nodev", "rw"), "").flags == MountFlag.NODEV
+
+
+@pytest.mark.parametrize("label", ['u:r:t:s0"', 'a",ro,context="b', "u:r:t\n", "u:r:t\0"])
+def test_a_label_that_would_leave_its_quotes_is_refused(label):
+    with pytest.raises(UsageError, match="no SELinux label"):
+        mount_options("ext4", (), label)
+
+
+def test_more_options_than_a_mount_takes_are_refused():
+    """The kernel would cut them off, and with them the label."""
+    assert mount_options("ext4", ("x" * 4095,), "").data == "x" * 4095
+    with pytest.raises(UsageError, match="4096 bytes"):
+        mount_options("ext4", ("x" * 4096,), "")
+    with pytest.raises(UsageError, match="4096 bytes"):
+        mount_options("ext4", ("x" * 4080,), "u:r:t")
+
+
+@pytest.mark.parametrize(
+    ("super_options", "label"),
+    [
+        ("rw,seclabel", ""),
+        ('rw,context="u:r:t:s0:c1,c2",discard', "u:r:t:s0:c1,c2"),
+        ("rw,context=u:r:t:s0,discard", "u:r:t:s0"),
+        ("rw,fscontext=u:r:x,defcontext=u:r:y,rootcontext=u:r:z", ""),
+        ("context=u:r:t", "u:r:t"),
+    ],
+)
+def test_the_label_of_a_mount_is_read_back(super_options, label):
+    assert label_of(super_options) == label
 
 
 def test_what_an_engine_lacks_is_refused():

@@ -91,7 +91,7 @@ WRONG = [
     (["create", "ä" * 128], "has 256 bytes, expected at most 255"),
     (["create", "a\nb"], "cannot be printed"),
     (["create", "a", "--parent", "../b"], "layer id '../b'"),
-    (["create", "a", "--size", "10 G"], "size '10 G' is not a number"),
+    (["create", "a", "--size", "10 X"], "size '10 X' is not a number"),
     (["rm", "a", "b/c"], "layer id 'b/c'"),
     (["get", "a", "b"], "extra argument"),
     (["exists", "/"], "contains '/'"),
@@ -99,6 +99,9 @@ WRONG = [
     (["pool", "resize", "-5G"], "no such option"),
     (["pool", "resize", "much"], "size 'much' is not a number"),
     (["--engine", "steam", "ls"], "engine 'steam' is none of auto, kernel, embedded"),
+    (["--id-map", "0:100000", "ls"], "id map '0:100000': expected CONTAINER:HOST:SIZE"),
+    (["--id-map", "1:100000:10", "create", "a"], "uid maps 1:100000:10 have no root"),
+    (["get", "a", "--mount-label", 'u:r:t",ro'], "is no SELinux label"),
     (["--root", "", "ls"], "root '' is not a directory"),
 ]
 

@@ -49,15 +49,20 @@ def create(
     parent: Parent = "",
     size: Annotated[
         str,
-        typer.Option("--size", metavar="SIZE", help="Size of the layer (refused by this version)."),
+        typer.Option(
+            "--size",
+            metavar="SIZE",
+            help="Size of the layer, such as 20G; by default its parent's.",
+        ),
     ] = "",
 ) -> None:
     """Make a layer.
 
     It is a snapshot of its parent, or of the empty base layer, and takes no space of its own until
-    it is written to. The graph and its pool are made, too, if there are none yet.
+    it is written to. The graph and its pool are made, too, if there are none yet. With a size its
+    file system grows, which takes a moment; no layer is smaller than its parent.
 
-    Example: devmapper create web1 --parent debian
+    Example: devmapper create web1 --parent debian --size 20G
     """
     settings = settings_of(context)
     check_layer_ids(layer, *filter(None, [parent]))
@@ -71,17 +76,27 @@ def create(
     show(settings, {"id": layer, "parent": parent})
 
 
-def get(context: typer.Context, layer: Layer) -> None:
+def get(
+    context: typer.Context,
+    layer: Layer,
+    label: Annotated[
+        str,
+        typer.Option("--mount-label", metavar="LABEL", help="SELinux label of all of its files."),
+    ] = "",
+) -> None:
     """Mount a layer and print the directory with its files.
 
     A layer that is mounted already stays as it is; one put unmounts it.
 
     Example: ls "$(devmapper get web1)"
     """
+    from devmapper.deviceset.mountopts import check_label
+
     settings = settings_of(context)
     check_layer_ids(layer)
+    check_label(label)
     with opened_driver(settings) as driver:
-        path = driver.get(layer)
+        path = driver.get(layer, label)
     show(settings, {"id": layer, "path": path}, path)
 
 

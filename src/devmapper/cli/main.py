@@ -58,6 +58,16 @@ def options(
             help="Who serves the pool: auto, kernel or embedded.",
         ),
     ] = "auto",
+    id_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--id-map",
+            metavar="CONTAINER:HOST:SIZE",
+            envvar="DEVMAPPER_ID_MAP",
+            help="User and group ids of containers in a user namespace, such as 0:100000:65536;"
+            " repeatable.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     verbose: Annotated[
         int,
@@ -92,6 +102,10 @@ def options(
     settings.root = Path(root)
     settings.storage_options = storage_opt or []
     settings.engine = preference(engine_name)
+    if id_map:
+        from devmapper.deviceset.id_maps import parse_id_map
+
+        settings.id_maps = [parse_id_map(text) for text in id_map]
 
 
 for command in (

@@ -12,6 +12,7 @@ from devmapper.errors import EnvironmentLacking, PoolNotFound, UsageError
 if TYPE_CHECKING:
     import typer
 
+    from devmapper.deviceset.id_maps import IdMap
     from devmapper.driver import Driver
     from devmapper.engine.select import Preference
 
@@ -26,6 +27,7 @@ class Settings:
     root: Path = DEFAULT_ROOT
     storage_options: list[str] = field(default_factory=list)
     engine: "Preference" = "auto"
+    id_maps: "list[IdMap]" = field(default_factory=list)
     json: bool = False
     verbose: int = 0
 
@@ -66,7 +68,13 @@ def opened_driver(settings: Settings, *, create: bool = False) -> Iterator["Driv
         require_graph(settings)
     from devmapper.driver import init
 
-    driver = init(settings.root, settings.storage_options, engine=settings.engine)
+    driver = init(
+        settings.root,
+        settings.storage_options,
+        engine=settings.engine,
+        uid_maps=settings.id_maps,
+        gid_maps=settings.id_maps,
+    )
     try:
         yield driver
     finally:

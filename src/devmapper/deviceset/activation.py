@@ -15,12 +15,12 @@ from typing import Final
 
 from devmapper.deviceset.busy import BUSY_TIMEOUT_SECONDS, deactivate, retry_while_busy
 from devmapper.deviceset.keyed_lock import KeyedLock
-from devmapper.deviceset.mountopts import mount_options
+from devmapper.deviceset.mounting import mention_label, mount_layer
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
 from devmapper.engine.port import Activation, DeviceInfo
-from devmapper.errors import LayerBusy, LayerNotMounted, MountFailed, ThinBusy
+from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
 from devmapper.linux import blockdev, holders, mount
 from devmapper.units import SECTOR_SIZE, Bytes
 
@@ -53,6 +53,7 @@ class LayerMounts:
             if place is not None:
                 if not _same_place(place, path):
                     raise LayerBusy(file_name(layer), [f"a mount at {str(place)!r}"])
+                mention_label(layer, place, label)
                 users = max(1, self._users.get(layer, 1)) + 1
             else:
                 self._activate_and_mount(layer, path, label)
@@ -132,22 +133,12 @@ class LayerMounts:
             pin = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         mounted = False
         try:
-            self._mount(layer, device, path, label)
+            mount_layer(layer, device, path, self._graph.options, label)
             mounted = True
         finally:
             os.close(pin)
             if not mounted and not was_active:
                 self._undo_activation(layer)
-
-    def _mount(self, layer: LayerId, device: Path, path: Path, label: str) -> None:
-        if mount.is_mount_point(path):
-            raise LayerBusy(file_name(layer), [f"another mount at {str(path)!r}"])
-        try:
-            fs_type = blockdev.probe_fs_type(device)
-            options = mount_options(fs_type, self._graph.options.mount_options, label)
-            mount.mount(device, path, fs_type, flags=options.flags, data=options.data)
-        except OSError as err:
-            raise MountFailed(file_name(layer), path, err.strerror or str(err)) from err
 
     def _undo_activation(self, layer: LayerId) -> None:
         try:

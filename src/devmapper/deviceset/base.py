@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from devmapper.deviceset.base_growth import fills, grow_base
 from devmapper.deviceset.busy import deactivate
 from devmapper.deviceset.identity import identify
 from devmapper.deviceset.names import BASE
@@ -26,8 +27,9 @@ def ensure_base(session: Session, options: Options, *, verify: bool) -> None:
     record = session.store.load(BASE)
     if record is not None and record.initialized and not record.deleted:
         _check_present(session, record)
-        if verify:
-            _verify(session, record)
+        filled = _verify(session, record) if verify else True
+        _mention_file_system(session, options)
+        grow_base(session, record, options, filled=filled)
         return
     if record is not None:
         log.info("the base layer was not finished: starting over")
@@ -94,12 +96,27 @@ def _check_present(session: Session, record: LayerRecord) -> None:
         ) from err
 
 
-def _verify(session: Session, record: LayerRecord) -> None:
-    """Compare the base's UUID; a graph from before Docker 1.8 has none stored yet."""
+def _mention_file_system(session: Session, options: Options) -> None:
+    """moby ignores dm.fs where there is a base layer, with the same warning."""
+    stored = session.store.load_deviceset().base_file_system
+    if "dm.fs" in options.given and stored and stored != options.file_system:
+        log.warning(
+            "dm.fs=%s has no effect: the base layer is there already and has %s",
+            options.file_system,
+            stored,
+        )
+
+
+def _verify(session: Session, record: LayerRecord) -> bool:
+    """Compare the base's UUID; a graph from before Docker 1.8 has none stored yet.
+
+    Whether the file system fills its device.
+    """
     name = session.names.device(BASE)
     device = session.pool.activate(name, record.thin_id, record.size)
     try:
         found = identify(device)
+        filled = fills(device)
     finally:
         deactivate(session.pool, name)
     stored = session.store.load_deviceset()
@@ -112,3 +129,4 @@ def _verify(session: Session, record: LayerRecord) -> None:
             f"UUID of the base file system is {found.uuid}, but the graph has {stored.base_uuid}",
             hint="the graph was given another graph's pool; nothing was changed",
         )
+    return filled

@@ -15,14 +15,19 @@ from typing import Final, Self
 from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.base import ensure_base
 from devmapper.deviceset.devinfo import DevInfo, MetaData
-from devmapper.deviceset.names import LayerId, file_name, internal_layer_id, layer_id
+from devmapper.deviceset.id_maps import ROOT, Owner
+from devmapper.deviceset.layer_root import make_owned
+from devmapper.deviceset.mountopts import check_label
+from devmapper.deviceset.names import BASE, LayerId, file_name, internal_layer_id, layer_id
 from devmapper.deviceset.options import Options, parse_options
 from devmapper.deviceset.pool import PoolFiles
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.requirements import check_engine
 from devmapper.deviceset.session import Graph
 from devmapper.deviceset.shutdown import release_devices
+from devmapper.deviceset.sizing import create_layer
 from devmapper.deviceset.status import (
+    BaseLayer,
     DevStatus,
     PoolPaths,
     Status,
@@ -34,11 +39,9 @@ from devmapper.engine.port import Engine, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
     LayerBusy,
-    LayerExists,
     LayerNotFound,
     PoolNotFound,
     ThinBusy,
-    UsageError,
 )
 from devmapper.units import Bytes
 
@@ -61,15 +64,18 @@ class DeviceSet:
         engine: Engine,
         do_init: bool = True,
         checkpoint: Checkpoint = no_checkpoint,
+        owner: Owner = ROOT,
     ) -> None:
         """Open the graph in *home*, recovering what a crash left.
 
         With *do_init* what is missing is made: the home, loop files, the pool, the base layer.
-        Without it a graph that is not there is `PoolNotFound`.
+        Without it a graph that is not there is `PoolNotFound`.  *owner* is the root of containers
+        in a user namespace, which has to get through the home.
         """
         chosen = options if isinstance(options, Options) else parse_options(options)
         self._home = Path(home).absolute()
         self._engine = engine
+        self.owner = owner
         self._prepare_home(create=do_init)
         self._graph = Graph(self._home, chosen, checkpoint)
         self._files = PoolFiles(self._home, self._graph.names.pool, chosen, checkpoint)
@@ -117,19 +123,14 @@ class DeviceSet:
     def add_device(self, hash: str, base_hash: str, *, size: int | None = None) -> None:  # noqa: A002 - the seed's name
         """Make layer *hash* as a snapshot of *base_hash*, where "" is the base layer.
 
-        A parent whose device is active is suspended while the snapshot is made.
+        A parent whose device is active is suspended while the snapshot is made.  With a *size* in
+        bytes, at least the parent's, the layer has it and its file system grows; where that fails
+        there is no layer.
         """
         layer, parent = layer_id(hash), internal_layer_id(base_hash)
-        with self._mounts.hold(layer, parent), self._graph.session() as session:
-            if session.store.load(layer) is not None:
-                raise LayerExists(layer)
-            record = session.get(parent)
-            if size is not None and size != record.size:
-                raise UsageError(
-                    "a size of its own for a layer is not supported yet by this version",
-                    hint=f"leave it out: the layer has {record.size} bytes as its parent",
-                )
-            session.create_snap(layer, parent, record)
+        with self._mounts.hold(layer, parent):
+            wanted = None if size is None else Bytes(size)
+            create_layer(self._graph, self._mounts, layer, parent, wanted)
         log.info("created layer %r from %r", hash, file_name(parent))
 
     def delete_device(self, hash: str) -> None:  # noqa: A002 - the seed's name
@@ -152,6 +153,7 @@ class DeviceSet:
 
     def mount_device(self, hash: str, path: Path | str, mount_label: str = "") -> None:  # noqa: A002 - the seed's name
         """Mount the layer's file system on *path*, or count one more user of that mount."""
+        check_label(mount_label)
         layer = internal_layer_id(hash)
         users = self._mounts.mount(layer, Path(path), mount_label)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
@@ -206,6 +208,7 @@ class DeviceSet:
             self._paths(),
             self._pool_status(),
             self._engine.features(),
+            self._base(),
             deferred_removal=self._graph.options.use_deferred_removal,
         )
 
@@ -268,7 +271,7 @@ class DeviceSet:
 
     def _prepare_home(self, *, create: bool) -> None:
         if create:
-            self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_owned(self._home, 0o700, self.owner)
         elif not (self._home / "metadata").is_dir():
             raise PoolNotFound(f"there is no graph in {str(self._home)!r}")
 
@@ -341,6 +344,11 @@ class DeviceSet:
         except (DevmapperError, OSError) as err:
             log.warning("status of pool %s: %s", self._graph.names.pool, err)
             return None
+
+    def _base(self) -> BaseLayer:
+        record = self._graph.store.load(BASE)
+        stored = self._graph.store.load_deviceset()
+        return BaseLayer(Bytes(0) if record is None else record.size, stored.base_file_system)
 
     def _paths(self) -> PoolPaths:
         try:

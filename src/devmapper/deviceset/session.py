@@ -125,6 +125,23 @@ class Session:
         """
         return self._create(layer, record.size, (origin, record.thin_id))
 
+    def create_unfinished(
+        self, layer: LayerId, origin: LayerId, record: LayerRecord, size: Bytes
+    ) -> LayerRecord:
+        """A snapshot of *size* bytes that does not exist for anybody until it is completed.
+
+        It carries Docker's mark for a deferred deletion: whoever comes after a crash, we or Docker,
+        deletes it.
+        """
+        return self._create(layer, size, (origin, record.thin_id), doomed=True)
+
+    def complete(self, layer: LayerId, record: LayerRecord) -> None:
+        """Let an unfinished layer exist, durably."""
+        if self.store.load(layer) != record:
+            raise LayerNotFound(file_name(layer))
+        self.store.save(layer, record._replace(deleted=False))
+        self.checkpoint(Step.LAYER_COMPLETED)
+
     def delete(self, layer: LayerId, record: LayerRecord) -> None:
         """Delete a layer that is not active; `ThinBusy` changes nothing."""
         with self._journal.begin(layer, record.thin_id) as transaction:
@@ -168,12 +185,17 @@ class Session:
         ]
 
     def _create(
-        self, layer: LayerId, size: Bytes, origin: tuple[LayerId, ThinId] | None
+        self,
+        layer: LayerId,
+        size: Bytes,
+        origin: tuple[LayerId, ThinId] | None,
+        *,
+        doomed: bool = False,
     ) -> LayerRecord:
         for attempt in range(_ID_COLLISIONS):
             thin_id = self._ids.allocate()
             try:
-                return self._create_as(thin_id, layer, size, origin)
+                return self._create_as(thin_id, layer, size, origin, doomed=doomed)
             except ThinIdExists:
                 self._ids.take(self.pool.thin_ids())
                 if attempt + 1 == _ID_COLLISIONS or not self._journal.settled:
@@ -189,6 +211,8 @@ class Session:
         layer: LayerId,
         size: Bytes,
         origin: tuple[LayerId, ThinId] | None,
+        *,
+        doomed: bool,
     ) -> LayerRecord:
         with self._journal.begin(layer, thin_id) as transaction:
             if origin is None:
@@ -197,7 +221,7 @@ class Session:
                 parent, parent_id = origin
                 with self.pool.suspended(self.names.device(parent)):
                     transaction.create_snap(parent_id)
-            return transaction.save_record(size)
+            return transaction.save_record(size, doomed=doomed)
 
     def _purge(self, layer: LayerId, record: LayerRecord) -> None:
         """Complete a deletion that was put off; what is in use stays for the next time."""

@@ -19,7 +19,7 @@ class DiskUsage(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The seed's `Status`; *mode*, *engine* and *transaction_id* are ours."""
+    """The seed's `Status`; from *engine* on the fields are later Docker's and ours."""
 
     pool_name: str
     data_file: str
@@ -37,6 +37,8 @@ class Status(NamedTuple):
     mode: str
     needs_check: bool
     transaction_id: int
+    base_device_size: Bytes = Bytes(0)
+    base_file_system: str = ""
 
 
 class DevStatus(NamedTuple):
@@ -59,12 +61,20 @@ class PoolPaths(NamedTuple):
     metadata_loopback: str
 
 
+class BaseLayer(NamedTuple):
+    """What is recorded of the base layer; its kind of file system since Docker 1.10."""
+
+    size: Bytes = Bytes(0)
+    file_system: str = ""
+
+
 def graph_status(
     home: Path,
     pool_name: str,
     paths: PoolPaths,
     pool: PoolStatus | None,
     features: EngineFeatures,
+    base: BaseLayer,
     *,
     deferred_removal: bool,
 ) -> Status:
@@ -86,6 +96,8 @@ def graph_status(
         pool.mode if pool else PoolMode.FAIL,
         pool.needs_check if pool else False,
         pool.transaction_id if pool else 0,
+        base.size,
+        base.file_system,
     )
 
 
@@ -103,10 +115,15 @@ def dev_status(size: Bytes, thin: ThinStatus, transaction_id: int, block_size: B
 
 
 def rows(status: Status) -> list[tuple[str, str]]:
-    """The rows of `docker info` in moby's order (driver.go Status); ours come last."""
+    """The rows of `docker info` in moby's order (driver.go Status); ours come last.
+
+    `Backing Filesystem` is that of the directory, as in Docker 1.7; since 1.10 it is the base
+    layer's there, which has a row of its own here.
+    """
     found = [
         ("Pool Name", status.pool_name),
         ("Pool Blocksize", human_size(status.sector_size)),
+        ("Base Device Size", human_size(status.base_device_size)),
         ("Backing Filesystem", status.backing_file_system),
         ("Data file", status.data_file),
         ("Metadata file", status.metadata_file),
@@ -124,6 +141,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
     if status.metadata_loopback:
         found.append(("Metadata loop file", status.metadata_loopback))
     found.append(("Library Version", status.library_version))
+    if status.base_file_system:
+        found.append(("Base Filesystem", status.base_file_system))
     found.append(("Engine", status.engine))
     if status.mode != PoolMode.WRITE or status.needs_check:
         # moby ignores these words, so that a pool that no longer takes writes looks healthy

@@ -77,9 +77,12 @@ class Transaction:
         self.deleted_thin = True
         self._journal.checkpoint(Step.THIN_DELETED)
 
-    def save_record(self, size: Bytes) -> LayerRecord:
-        """`initialized` stays false for all but the base layer, which sets it later (as moby)."""
-        record = LayerRecord(self.thin_id, size, self.transaction_id)
+    def save_record(self, size: Bytes, *, doomed: bool = False) -> LayerRecord:
+        """`initialized` stays false for all but the base layer, which sets it later (as moby).
+
+        A *doomed* layer is marked as deleted from its beginning.
+        """
+        record = LayerRecord(self.thin_id, size, self.transaction_id, deleted=doomed)
         self._journal.store.save(self.layer, record)
         self._journal.checkpoint(Step.RECORD_SAVED)
         return record
