@@ -19,7 +19,7 @@ import pytest
 
 from tests.support import capabilities
 from tests.uml import reports
-from tests.uml.boot import Machine
+from tests.uml.boot import SCRATCH, Machine
 from tests.uml.guest import Guest, LostKernel, running
 
 MARKER: Final = "kernel"
@@ -163,6 +163,8 @@ class KernelTier:
                 reports.LINE_VARIABLE: "/dev/ttyS1",
                 "REQUIRE": ",".join(sorted(required)),
                 capabilities.KERNEL_TESTS: "here",
+                # thin_check opens with O_DIRECT, which tmpfs does not know
+                "TMPDIR": str(SCRATCH),
             },
         )
 

@@ -1,17 +1,15 @@
 """Which engine serves a pool on this machine."""
 
-import importlib
-import importlib.util
 import os
-from typing import Final, Literal, cast
+from pathlib import Path
+from typing import Final, Literal
 
 from devmapper.engine.port import Engine
 from devmapper.errors import EnvironmentLacking
 
 Preference = Literal["auto", "kernel", "embedded"]
 
-_CONTROL: Final = "/dev/mapper/control"
-_KERNEL_MODULE: Final = "devmapper.engine.kernel.engine"
+CONTROL: Final = Path("/dev/mapper/control")
 
 
 def choose_engine(preference: Preference) -> Engine:
@@ -22,8 +20,9 @@ def choose_engine(preference: Preference) -> Engine:
     if preference != "embedded":
         lacking = kernel_lacks()
         if not lacking:
-            module = importlib.import_module(_KERNEL_MODULE)
-            return cast("Engine", module.KernelEngine())
+            from devmapper.engine.kernel.engine import KernelEngine
+
+            return KernelEngine()
         if preference == "kernel":
             raise EnvironmentLacking(
                 f"the kernel engine cannot be used: {lacking}",
@@ -38,10 +37,16 @@ def choose_engine(preference: Preference) -> Engine:
 
 def kernel_lacks() -> str:
     """Why the kernel's device mapper cannot be used; empty if it can."""
-    if importlib.util.find_spec(_KERNEL_MODULE) is None:
-        return "this version of devmapper has no kernel engine"
-    try:
-        os.close(os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as err:
-        return f"{_CONTROL}: {err.strerror}"
-    return ""
+    if os.geteuid() != 0:
+        return "only root can use it"
+    # Before libdevmapper is looked for: this is asked on machines that have neither
+    if not CONTROL.exists() and not _misc_has_device_mapper():
+        return "this kernel has no device mapper (module dm_mod)"
+    from devmapper.engine.kernel.requirements import lacking
+
+    return lacking()
+
+
+def _misc_has_device_mapper() -> bool:
+    with open("/proc/misc", encoding="ascii") as file:
+        return any(line.split()[1:] == ["device-mapper"] for line in file)

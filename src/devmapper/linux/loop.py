@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from fcntl import ioctl
 from pathlib import Path
@@ -46,6 +46,7 @@ _CONTROL: Final = Path("/dev/loop-control")
 _DELETED: Final = " (deleted)"
 _ATTACH_TRIES: Final = 64
 _RACE_PAUSE_SECONDS: Final = 0.005
+_LOST_RACE: Final = frozenset({errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT})
 _NOT_ATTACHED: Final = frozenset({errno.ENXIO, errno.ENODEV, errno.ENOENT})
 
 
@@ -93,11 +94,36 @@ def attach(
                 _configure(node, fd, backing, flags, mode, direct_io=direct_io)
             except OSError as err:
                 # Somebody else was faster (EBUSY), or removed the device (ENXIO, ENODEV)
-                if err.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
+                if err.errno not in _LOST_RACE:
                     raise
                 time.sleep(_RACE_PAUSE_SECONDS)
             else:
                 return node
+    raise OSError(errno.ENODEV, "no free loop device", str(_CONTROL))
+
+
+@contextmanager
+def attached_while_open(backing: Path, *, direct_io: bool = False) -> Iterator[Path]:
+    """A loop device that goes away with its last user, kept open for the duration.
+
+    Whoever has opened it by then keeps it; if this process dies before, the kernel detaches it.
+    """
+    with opened(backing, os.O_RDWR) as fd:
+        for _ in range(_ATTACH_TRIES):
+            node = _free_node()
+            with ExitStack() as stack:
+                try:
+                    held = stack.enter_context(opened(node, os.O_RDWR))
+                    _configure_open(
+                        held, node, fd, backing, _LO_FLAGS_AUTOCLEAR, direct_io=direct_io
+                    )
+                except OSError as err:
+                    if err.errno not in _LOST_RACE:
+                        raise
+                    time.sleep(_RACE_PAUSE_SECONDS)
+                    continue
+                yield node
+                return
     raise OSError(errno.ENODEV, "no free loop device", str(_CONTROL))
 
 
@@ -252,26 +278,32 @@ def _configure(
     node: Path, fd: int, backing: Path, flags: int, mode: int, *, direct_io: bool
 ) -> None:
     with opened(node, mode) as device:
-        wanted = flags | (_LO_FLAGS_DIRECT_IO if direct_io else 0)
-        config = _CONFIG_HEAD.pack(fd, 0) + _info(backing, wanted) + _CONFIG_RESERVED
-        try:
-            ioctl(device, _LOOP_CONFIGURE, config)
-        except OSError as err:
-            if err.errno not in (errno.EINVAL, errno.ENOTTY):
-                message = f"LOOP_CONFIGURE for {str(backing)!r}: {err.strerror}"
-                raise OSError(err.errno, message, str(node)) from err
-        else:
-            return
-        # Before Linux 5.8 there are only the separate steps
-        _ioctl(device, _LOOP_SET_FD, fd, "LOOP_SET_FD", node)
-        try:
-            _ioctl(device, _LOOP_SET_STATUS64, _info(backing, flags), "LOOP_SET_STATUS64", node)
-            if direct_io:
-                with suppress(OSError):  # a wish, as with LOOP_CONFIGURE
-                    ioctl(device, _LOOP_SET_DIRECT_IO, 1)
-        except OSError:
-            ioctl(device, _LOOP_CLR_FD)
-            raise
+        _configure_open(device, node, fd, backing, flags, direct_io=direct_io)
+
+
+def _configure_open(
+    device: int, node: Path, fd: int, backing: Path, flags: int, *, direct_io: bool
+) -> None:
+    wanted = flags | (_LO_FLAGS_DIRECT_IO if direct_io else 0)
+    config = _CONFIG_HEAD.pack(fd, 0) + _info(backing, wanted) + _CONFIG_RESERVED
+    try:
+        ioctl(device, _LOOP_CONFIGURE, config)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTTY):
+            message = f"LOOP_CONFIGURE for {str(backing)!r}: {err.strerror}"
+            raise OSError(err.errno, message, str(node)) from err
+    else:
+        return
+    # Before Linux 5.8 there are only the separate steps
+    _ioctl(device, _LOOP_SET_FD, fd, "LOOP_SET_FD", node)
+    try:
+        _ioctl(device, _LOOP_SET_STATUS64, _info(backing, flags), "LOOP_SET_STATUS64", node)
+        if direct_io:
+            with suppress(OSError):  # a wish, as with LOOP_CONFIGURE
+                ioctl(device, _LOOP_SET_DIRECT_IO, 1)
+    except OSError:
+        ioctl(device, _LOOP_CLR_FD)
+        raise
 
 
 def _info(backing: Path, flags: int) -> bytes:

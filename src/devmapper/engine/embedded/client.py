@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from devmapper.engine.activation import Event, next_state
 from devmapper.engine.embedded import protocol, runtime
-from devmapper.engine.embedded.activation import Event, next_state
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.port import (
     Activation,

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from devmapper.engine.device_lock import device_lock
 from devmapper.engine.embedded.data_file import DataFile
-from devmapper.engine.embedded.device_lock import device_lock
 from devmapper.engine.port import PoolTable
 from devmapper.errors import PoolMismatch, UsageError
 from devmapper.thin.blocks import FileDevice, MetadataDevice
