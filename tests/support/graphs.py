@@ -5,8 +5,9 @@ from pathlib import Path
 
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
+from devmapper.units import Bytes, ThinId
 from tests.support import capabilities, thin_tools
-from tests.support.local_engine import LocalEngine
+from tests.support.local_engine import LocalEngine, LocalPool
 
 SMALL = (
     "dm.loopdatasize=4M",
@@ -37,9 +38,19 @@ class CrashAt:
 
 
 def open_small(
-    home: Path, engine: LocalEngine, *options: str, checkpoint: Checkpoint = no_checkpoint
+    home: Path,
+    engine: LocalEngine,
+    *options: str,
+    checkpoint: Checkpoint = no_checkpoint,
+    deletion_interval: float = 3600,
 ) -> DeviceSet:
-    return DeviceSet(home, (*SMALL, *options), engine=engine, checkpoint=checkpoint)
+    return DeviceSet(
+        home,
+        (*SMALL, *options),
+        engine=engine,
+        checkpoint=checkpoint,
+        deletion_interval=deletion_interval,
+    )
 
 
 def records(home: Path) -> dict[str, dict[str, object]]:
@@ -62,3 +73,24 @@ def check_consistent(home: Path, devices: DeviceSet) -> None:
     assert list(devices.inconsistencies()) == []
     if not capabilities.tools():
         assert thin_tools.thin_check(home / "devicemapper" / "metadata")
+
+
+def hold_open(devices: DeviceSet, engine: LocalEngine, layer: str) -> LocalPool:
+    """Activate *layer* as if somebody in another mount namespace used it; returns the pool."""
+    info = devices.dev_info(layer)
+    (pool,) = engine.pools.values()
+    pool.activate(info.name(), ThinId(info.device_id), Bytes(info.size))
+    pool.in_use.add(info.name())
+    return pool
+
+
+def make_legacy(home: Path) -> dict[str, dict[str, object]]:
+    """Turn the records of a graph that is not open into the one file of early Docker versions."""
+    found = records(home)
+    old = {"" if name == "base" else name: dict(record) for name, record in found.items()}
+    for record in old.values():
+        del record["deleted"]
+    (home / "devicemapper" / "json").write_text(json.dumps({"Devices": old}))
+    for path in (home / "metadata").iterdir():
+        path.unlink()
+    return found
