@@ -248,6 +248,20 @@ def test_a_worker_that_waits_ends_at_once(home, engine):
     assert workers() == []
 
 
+def test_the_worker_goes_on_after_a_shutdown_that_failed(home, engine):
+    commits = Commits()
+    with open_small(home, engine, *DEFERRED, checkpoint=commits, deletion_interval=0.01) as devices:
+        devices.add_device("one", "")
+        pool = hold_open(devices, engine, "one")
+        devices.delete_device("one")
+        with pytest.raises(LayerBusy):
+            devices.shutdown()
+        commits.came.clear()
+        pool.in_use.clear()
+        assert commits.came.wait(20)
+    assert set(records(home)) == {"base"}
+
+
 def test_without_something_to_do_there_is_no_worker(home, engine):
     with open_small(home, engine) as devices:
         devices.add_device("one", "")

@@ -13,7 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from devmapper.deviceset.busy import BUSY_TIMEOUT_SECONDS, deactivate, retry_while_busy
+from devmapper.deviceset.busy import (
+    BUSY_TIMEOUT_SECONDS,
+    deactivate,
+    retry_while_busy,
+    who_holds,
+)
 from devmapper.deviceset.consistency import present_in_pool
 from devmapper.deviceset.keyed_lock import KeyedLock
 from devmapper.deviceset.mountopts import mount_options
@@ -22,7 +27,7 @@ from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.errors import LayerBusy, LayerNotMounted, MountFailed, ThinBusy
-from devmapper.linux import blockdev, holders, mount
+from devmapper.linux import blockdev, mount
 from devmapper.units import SECTOR_SIZE, Bytes
 
 log = logging.getLogger(__name__)
@@ -115,7 +120,7 @@ class LayerMounts:
         if info is None:
             return
         if info.open_count > 0 or self.mount_point(layer) is not None:
-            raise LayerBusy(file_name(layer), _holders(info.path))
+            raise LayerBusy(file_name(layer), who_holds(info.path))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:
         """Deactivate a device that nobody should use any more."""
@@ -131,7 +136,7 @@ class LayerMounts:
     def busy(self, layer: LayerId) -> LayerBusy:
         """The error that names who uses the layer's device."""
         info = self.info(layer)
-        return LayerBusy(file_name(layer), _holders(info.path) if info else ())
+        return LayerBusy(file_name(layer), who_holds(info.path) if info else ())
 
     def remove_mount_point(self, layer: LayerId) -> None:
         """Remove the directory below `mnt`, which moby 1.7 leaves behind."""
@@ -206,13 +211,6 @@ class LayerMounts:
             deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
             raise self.busy(layer) from err
-
-
-def _holders(device: Path) -> list[str]:
-    try:
-        return holders.holders(device)
-    except OSError:
-        return []
 
 
 def _same_place(place: Path, path: Path) -> bool:

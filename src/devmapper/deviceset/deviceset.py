@@ -272,14 +272,12 @@ class DeviceSet:
         has been let go.
         """
         self._worker.stop()
-        with self._graph.session() as session:
-            session.save_last_id()
-            pool = session.pool
-        self._mounts.forget()
-        release_devices(pool)
-        self._deletions.complete_all()  # nothing is in use any more
-        with self._graph.lock.hold():
-            self._engine.deactivate_pool(self._graph.names.pool)
+        try:
+            self._shut_down()
+        except Exception:
+            if self._graph.options.use_deferred_deletion:
+                self._worker.start()  # the graph is still open
+            raise
         self._graph.close()
 
     def close(self) -> None:
@@ -336,6 +334,16 @@ class DeviceSet:
         intent = self._graph.store.load_transaction()
         pending = intent.layer if intent and intent.open_transaction_id == 1 else None
         return any(layer != pending for layer in self._graph.store.layers())
+
+    def _shut_down(self) -> None:
+        with self._graph.session() as session:
+            session.save_last_id()
+            pool = session.pool
+        self._mounts.forget()
+        release_devices(pool)
+        self._deletions.complete_all()  # nothing is in use any more
+        with self._graph.lock.hold():
+            self._engine.deactivate_pool(self._graph.names.pool)
 
     def _let_go_again(self) -> None:
         try:

@@ -28,10 +28,11 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to wait for the first time; nothing to do if it runs already or was stopped."""
+        """Begin to wait for the next time; nothing to do if it runs already."""
         with self._guard:
-            if self._thread is not None or self._stopping.is_set():
+            if self._thread is not None:
                 return
+            self._stopping.clear()
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
@@ -41,8 +42,8 @@ class Worker:
 
     def stop(self) -> None:
         """End it: a wait ends at once, work that is under way is waited for.  Idempotent."""
-        self._stopping.set()
         with self._guard:
+            self._stopping.set()
             if self._thread is not None:
                 self._thread.join()
                 self._thread = None
