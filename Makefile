@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench clean-leftovers
+.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 
 bench: $(STAMP) ## layers, mounts and fio beside a plain loop device and qcow2
 	$(PY) tools/bench.py
+
+bench-layers: $(STAMP) ## a thousand layers: what the 10th, 100th and 1000th take, and opening them all
+	$(PY) tools/bench_layers.py --engine $(or $(ENGINE),auto)
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
+from devmapper.deviceset.deletion import Deletion
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.home import private_home, release_home
 from devmapper.deviceset.id_maps import IdMap, container_root
@@ -116,11 +117,17 @@ class Driver:
             log.debug("layer %r: its label is set when it is mounted", id)
         self.devices.add_device(id, parent, size=options.size)
 
-    def remove(self, id: str) -> None:  # noqa: A002 - the seed's name
-        """Delete a layer; one that does not exist is removed already."""
+    def remove(self, id: str) -> Deletion:  # noqa: A002 - the seed's name
+        """Delete a layer; one that does not exist is removed already.
+
+        With dm.use_deferred_deletion a layer in use is deleted when its last user is gone, which
+        the result tells.
+        """
+        deletion = Deletion.DONE
         with suppress(LayerNotFound):
-            self.devices.delete_device(layer_id(id))
+            deletion = self.devices.delete_device(layer_id(id))
         self._remove_mount_point(id)
+        return deletion
 
     def get(self, id: str, mount_label: str = "") -> str:  # noqa: A002 - the seed's name
         """Mount a layer, or count one more user, and return the directory with its files."""

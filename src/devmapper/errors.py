@@ -89,8 +89,14 @@ class LayerNotFound(LayerError, LookupError):
 class LayerExists(LayerError):
     exit_code = 11
 
-    def __init__(self, layer: str) -> None:
-        super().__init__(layer, f"layer {layer!r} already exists", hint="choose another id")
+    def __init__(self, layer: str, *, deleted: bool = False) -> None:
+        """*deleted*: it exists for nobody any more, but its device is still in use."""
+        if deleted:
+            message = f"layer {layer!r} is being deleted, and its device is still in use"
+            hint = "wait until its last user is gone, or choose another id"
+        else:
+            message, hint = f"layer {layer!r} already exists", "choose another id"
+        super().__init__(layer, message, hint=hint)
 
 
 class LayerBusy(LayerError):
@@ -162,10 +168,10 @@ class Space(StrEnum):
 class PoolFull(PoolError):
     exit_code = 21
 
-    def __init__(self, kind: Space, *, free: int, needed: int = 1) -> None:
+    def __init__(self, kind: Space, *, free: int, needed: int = 1, hint: str = "") -> None:
         super().__init__(
             f"pool is out of {kind} space: {needed} blocks needed, {free} free",
-            hint="remove layers, or enlarge it with: devmapper pool resize",
+            hint=hint or "remove layers, or enlarge it with: devmapper pool resize",
         )
         self.kind = kind
         self.free = free

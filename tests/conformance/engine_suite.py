@@ -393,6 +393,21 @@ class EngineSuite:
         assert (after.path, after.state) == (origin, Activation.ACTIVE)
         assert pool.deactivate("origin") is Outcome.DONE
 
+    def test_a_device_that_is_leaving_is_asked_again_to_go(
+        self, pool: ThinPool, origin: Path, tmp_path: Path
+    ) -> None:
+        make_file_system("ext4", origin)
+        with mounted(origin, tmp_path / "mnt"):
+            for _ in range(2):
+                assert pool.deactivate("origin", deferred=True) in (Outcome.DONE, Outcome.ALREADY)
+                with pytest.raises(ThinBusy):
+                    pool.deactivate("origin")
+                info = pool.info("origin")
+                assert info is not None
+                assert (info.state, info.open_count > 0) == (Activation.LEAVING, True)
+        pool.deactivate("origin")
+        assert pool.info("origin") is None
+
     # Suspension and snapshots
 
     def test_a_snapshot_and_its_origin_go_their_own_ways(

@@ -11,15 +11,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import devmapper
 import devmapper.errors
-from devmapper.driver import Driver
-from devmapper.engine.port import Activation, Engine
+from devmapper.engine.port import Activation
 from devmapper.errors import (
     LayerBusy,
     LayerExists,
@@ -30,12 +28,10 @@ from devmapper.errors import (
 )
 from devmapper.linux import mount
 from devmapper.units import MIB
+from tests.conformance.graphdriver_base import GRAPH, clean_up
+from tests.conformance.removal_cases import RemovalCases
 from tests.conformance.sizes_and_mounts import SizesAndMounts
-from tests.support import capabilities, export_tree, thin_tools
-
-# moby's own tests use these sizes (devmapper_test.go)
-GRAPH = ("dm.loopdatasize=300M", "dm.loopmetadatasize=200M", "dm.basesize=300M")
-
+from tests.support import export_tree
 
 WORKER = """
 import sys, devmapper, pathlib
@@ -55,36 +51,7 @@ def file_tree(root: Path) -> dict[str, export_tree.Inode]:
     return export_tree.of_tree(root)
 
 
-def clean_up(driver: Driver) -> None:
-    """End with everything unmounted, the pool closed and its metadata sound."""
-    if driver.devices.is_open:
-        driver.cleanup()
-    home = driver.home
-    assert not any(str(m.mount_point).startswith(str(home)) for m in mount.mountinfo())
-    assert not list((home / "mnt").iterdir()) if (home / "mnt").exists() else True
-    if not capabilities.tools():
-        assert thin_tools.thin_check(home / "devicemapper" / "metadata")
-
-
-class GraphDriverSuite(SizesAndMounts):
-    def make_engine(self) -> Engine:
-        raise NotImplementedError
-
-    def open(self, home: Path, *options: str) -> Driver:
-        return devmapper.init(home, (*GRAPH, *options), engine=self.make_engine())
-
-    @pytest.fixture
-    def home(self, tmp_path: Path) -> Path:
-        return tmp_path / "graph"
-
-    @pytest.fixture
-    def driver(self, home: Path) -> Iterator[Driver]:
-        driver = self.open(home)
-        try:
-            yield driver
-        finally:
-            clean_up(driver)
-
+class GraphDriverSuite(RemovalCases, SizesAndMounts):
     def test_create_empty(self, driver):
         driver.create("empty")
         assert driver.exists("empty")
@@ -443,8 +410,11 @@ class GraphDriverSuite(SizesAndMounts):
             "Metadata Space Used",
             "Metadata Space Total",
             "Metadata Space Available",
+            "Thin Pool Minimum Free Space",
             "Udev Sync Supported",
             "Deferred Removal Enabled",
+            "Deferred Deletion Enabled",
+            "Deferred Deleted Device Count",
             "Data loop file",
             "Metadata loop file",
             "Library Version",
@@ -455,6 +425,9 @@ class GraphDriverSuite(SizesAndMounts):
         assert rows["Pool Blocksize"] == "65.54 kB"
         assert rows["Data Space Total"] == "314.6 MB"
         assert rows["Metadata Space Total"] == "209.7 MB"
+        assert rows["Thin Pool Minimum Free Space"] == "31.46 MB"
+        assert rows["Deferred Removal Enabled"] == rows["Deferred Deletion Enabled"] == "false"
+        assert rows["Deferred Deleted Device Count"] == "0"
         assert rows["Data loop file"] == str(driver.home / "devicemapper" / "data")
         assert str(driver) == "devicemapper"
 

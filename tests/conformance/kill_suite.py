@@ -29,7 +29,7 @@ OPTIONS = (
     "dm.override_udev_sync_check=true",
 )
 
-Operation = Callable[[DeviceSet], None]
+Operation = Callable[[DeviceSet], object]
 
 
 class Killing:

@@ -18,10 +18,10 @@ from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.id_maps import IdMap, container_root
 from devmapper.deviceset.steps import Step
 from devmapper.driver import Driver
-from devmapper.engine.port import Engine
 from devmapper.errors import DevmapperError, MountFailed, UsageError
 from devmapper.linux import mount, xfs
 from devmapper.units import MIB, Bytes, ThinId
+from tests.conformance.graphdriver_base import GraphDriverBase
 
 XFS = ("dm.fs=xfs", "dm.mkfsarg=-K")
 
@@ -37,13 +37,7 @@ def ids(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
-class SizesAndMounts:
-    def make_engine(self) -> Engine:
-        raise NotImplementedError
-
-    def open(self, home: Path, *options: str) -> Driver:
-        raise NotImplementedError
-
+class SizesAndMounts(GraphDriverBase):
     @contextmanager
     def opened(self, home: Path, *options: str) -> Iterator[Driver]:
         """A driver that ends with everything unmounted and the pool closed."""

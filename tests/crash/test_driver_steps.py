@@ -21,6 +21,8 @@ from tests.support.graphs import (
     CrashAt,
     SimulatedCrash,
     check_consistent,
+    hold_open,
+    make_legacy,
     open_small,
     records,
 )
@@ -51,6 +53,8 @@ DELETION = [
 ]
 SIZED_CREATION = [*CREATION, Step.LAYER_GROWN, Step.LAYER_COMPLETED]
 BASE_GROWTH = [Step.BASE_SIZE_RECORDED, Step.BASE_GROWN, Step.BASE_GROWTH_RECORDED]
+PUT_OFF = [Step.LAYER_DOOMED, Step.REMOVAL_DEFERRED]
+MIGRATION = [Step.LAYER_MIGRATED, Step.LAYER_MIGRATED, Step.LAYER_MIGRATED, Step.LEGACY_MIGRATED]
 RECOVERY = [Step.RECOVERED_THIN, Step.RECOVERED_RECORD, Step.RECOVERED]
 
 POOLS = ["late commit", "early commit", "engine lives on"]
@@ -67,23 +71,24 @@ class Machine:
     """What survives a crash of the command: the engine, or only what its pool had committed."""
 
     def __init__(self, kind: str) -> None:
-        self.engine = LocalEngine(eager=kind == "early commit")
+        self.engine = LocalEngine(eager=kind == "early commit", deferred_removal=True)
         self._lives_on = kind == "engine lives on"
 
     def crash(
         self,
         home: Path,
         step: Step,
-        operation: Callable[[DeviceSet], None] | None,
+        operation: Callable[[DeviceSet], object] | None,
         *options: str,
+        nth: int = 1,
     ) -> list[Step]:
         """Run *operation* on the graph (None: open it) until it crashes at *step*."""
-        crash = CrashAt(step)
+        crash = CrashAt(step, nth=nth)
         if operation is None:
             with pytest.raises(SimulatedCrash):
                 open_small(home, self.engine, *options, checkpoint=crash)
         else:
-            devices = open_small(home, self.engine, checkpoint=crash)
+            devices = open_small(home, self.engine, *options, checkpoint=crash)
             with pytest.raises(SimulatedCrash):
                 operation(devices)
         if not self._lives_on:
@@ -122,8 +127,8 @@ def check_grown(devices: DeviceSet, layer: str, size: int) -> None:
 
 
 def test_every_step_of_the_code_is_crashed_at():
-    places = {*FIRST_START, *CREATION, *SIZED_CREATION, *BASE_GROWTH, *DELETION, *RECOVERY}
-    assert places == set(Step)
+    creations = {*FIRST_START, *CREATION, *SIZED_CREATION, *BASE_GROWTH}
+    assert {*creations, *DELETION, *PUT_OFF, *MIGRATION, *RECOVERY} == set(Step)
 
 
 def test_the_operations_pass_these_steps_and_no_others(tmp_path):
@@ -218,6 +223,45 @@ def test_deletion(graph, machine, step):
         check_consistent(graph, devices)
 
 
+DEFERRED = ("dm.use_deferred_removal=true", "dm.use_deferred_deletion=true")
+
+
+@pytest.mark.parametrize("step", PUT_OFF)
+def test_deletion_of_a_layer_in_use(graph, machine, step):
+    """What was told to be gone is gone for everybody, and its thin device with its last user."""
+
+    def delete(devices: DeviceSet) -> None:
+        hold_open(devices, machine.engine, "one")
+        devices.delete_device("one")
+
+    machine.crash(graph, step, delete, *DEFERRED)
+    with open_small(graph, machine.engine, *DEFERRED) as devices:
+        assert devices.list() == ["", "two"]
+        check_consistent(graph, devices)
+        for pool in machine.engine.pools.values():
+            pool.in_use.clear()
+    with open_small(graph, machine.engine) as devices:
+        assert set(records(graph)) == {"base", "two"}
+        assert devices.pool.devices() == []
+        check_consistent(graph, devices)
+        devices.add_device("one", "two")
+        check_consistent(graph, devices)
+
+
+@pytest.mark.parametrize(("step", "nth"), [(s, MIGRATION[:n].count(s)) for n, s in
+                                           enumerate(MIGRATION, start=1)])  # fmt: skip
+def test_migration_of_the_legacy_file(graph, machine, step, nth):
+    expected = make_legacy(graph)
+    machine.crash(graph, step, None, nth=nth)
+    with open_small(graph, machine.engine) as devices:
+        assert records(graph) == expected
+        assert not (graph / "devicemapper" / "json").exists()
+        assert (graph / "devicemapper" / "json.migrated").exists()
+        check_consistent(graph, devices)
+        devices.add_device("three", "two")
+        check_consistent(graph, devices)
+
+
 @pytest.mark.parametrize("again", RECOVERY)
 @pytest.mark.parametrize("step", [Step.THIN_CREATED, Step.RECORD_SAVED])
 def test_recovery_itself_is_interrupted(graph, machine, step, again):
@@ -226,6 +270,16 @@ def test_recovery_itself_is_interrupted(graph, machine, step, again):
     with open_small(graph, machine.engine) as devices:
         assert devices.list() == ["", "one", "two"]
         check_consistent(graph, devices)
+
+
+def test_migration_passes_these_steps_and_comes_before_recovery(graph):
+    make_legacy(graph)
+    engine = LocalEngine()
+    seen = CrashAt(None)
+    with open_small(graph, engine, checkpoint=seen):
+        assert seen.seen == [Step.DATA_FILE_MADE, Step.METADATA_FILE_MADE, Step.POOL_ACTIVATED,
+                             *MIGRATION]  # fmt: skip
+    engine.crash()
 
 
 def test_crash_after_crash(tmp_path, machine):

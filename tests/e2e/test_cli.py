@@ -22,7 +22,7 @@ from devmapper.thin.blocks import FileDevice
 from devmapper.thin.checksum import seal
 from devmapper.thin.metadata import PoolMetadata
 from tests.support import thin_tools
-from tests.support.command import Command, commands
+from tests.support.command import SMALL, Command, commands
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -142,7 +142,7 @@ def test_json_has_stable_keys(dm):
     Path(path, "file").write_text("12345")
     assert dm("--json", "changes", "a").json == [{"path": "/file", "kind": "add"}]
     assert dm("--json", "put", "a").json == {"id": "a"}
-    assert dm("--json", "rm", "a").json == {"removed": ["a"]}
+    assert dm("--json", "rm", "a").json == {"removed": ["a"], "put_off": []}
     assert dm("--json", "pool", "check").json["clean"] is True
     assert dm("--json", "engine", "stop").json == {"pool": engine["pool"], "stopped": True}
     assert dm("--json", "engine", "status").json["running"] is False
@@ -355,6 +355,54 @@ def test_a_mounted_layer_is_not_removed(dm):
         assert "layer 'a' is busy" in dm.fails(12, "put", "a")
     assert (root / "file").read_text() == "kept"
     dm("put", "a")
+
+
+def test_a_layer_in_use_is_deleted_later_if_that_is_asked_for(tmp_path):
+    options = (*SMALL, "dm.use_deferred_removal=true", "dm.use_deferred_deletion=true")
+    with commands(tmp_path / "home", options) as dm:
+        dm("create", "a")
+        dm("create", "b")
+        root = Path(dm("get", "a").text.strip())
+        ended = dm("rm", "a", "b")
+        assert ended.text == "a: in use, deleted when its last user is gone\n"
+        assert dm.run("exists", "a").status == 1
+        assert [each["id"] for each in dm("--json", "ls").json] == ["base"]
+        assert "being deleted" in dm.fails(11, "create", "a")
+        assert dm.run("get", "a").status == 10
+        assert " Deferred Deleted Device Count: 1" in dm("info").text
+        assert dm("check").text == "layer 'a' is deleted when it is free\n"
+        assert dm("--json", "check").json["put_off"] == ["a"]
+        dm("put", "a")
+        assert not root.exists()
+        assert dm("check").text == "records and pool agree\n"
+        dm("create", "a")
+        dm("get", "a")
+        assert dm("--json", "rm", "a").json == {"removed": ["a"], "put_off": ["a"]}
+        dm("put", "a")
+
+
+def test_records_and_pool_are_compared(dm):
+    for layer in ("a", "b"):
+        dm("create", layer)
+    (dm.home / "metadata" / "b").rename(dm.home / "metadata" / "c")
+    record = json.loads((dm.home / "metadata" / "a").read_bytes())
+    (dm.home / "metadata" / "a").write_text(json.dumps({**record, "device_id": 77}))
+    ended = dm.run("check")
+    assert (ended.status, ended.message) == (25, "records and pool disagree: 2 findings")
+    assert ended.text.splitlines() == [
+        "layer 'a': its thin id 77 is not in the pool",
+        "thin id 2 is in the pool, but no layer has it",
+    ]
+    value = dm.run("--json", "check").json
+    assert value == {
+        "consistent": False, "missing": [{"id": "a", "device_id": 77}], "unknown": [2],
+        "shared": [], "put_off": [],
+    }  # fmt: skip
+    assert "layer 'a': its thin id 77 is not in the pool" in dm.fails(25, "get", "a")
+    dm("get", "c")
+    dm("put", "c")
+    dm("rm", "a")
+    assert "1 findings" in dm.run("check").message
 
 
 def test_without_a_graph_only_create_and_import_make_one(dm):

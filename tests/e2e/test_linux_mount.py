@@ -131,3 +131,48 @@ def test_a_mount_in_another_namespace_is_named(device: Path, point: Path) -> Non
 def test_an_open_block_device_has_a_holder(device: Path) -> None:
     with blockdev.opened(device, os.O_RDONLY):
         assert any(f"process {os.getpid()} " in text for text in holders(device))
+
+
+def test_what_stands_on_files_of_a_device_is_named(device: Path, point: Path) -> None:
+    with mount.mounted_at(device, point, "ext4"):
+        files.make_sparse(point / "image", Bytes(1024 * 1024))
+        (point / "swap").write_bytes(bytes(1024 * 1024))
+        (point / "swap").chmod(0o600)
+        run(["mkswap", "-q", str(point / "swap")])
+        run(["swapon", str(point / "swap")])
+        try:
+            with loop.attached(point / "image") as node:
+                found = holders(device)
+        finally:
+            run(["swapoff", str(point / "swap")])
+        assert f"loop device {str(node)!r} on {str(point / 'image')!r}" in found
+        assert f"swap on {str(point / 'swap')!r}" in found
+        assert holders(device) == [f"mounted at {str(point)!r}"]
+
+
+def test_a_loop_device_on_the_device_itself_is_named(device: Path) -> None:
+    with loop.attached(device) as node:
+        assert f"loop device {str(node)!r} on {str(device)!r}" in holders(device)
+    assert [text for text in holders(device) if text.startswith("loop")] == []
+
+
+def test_files_that_have_no_name_any_more_are_seen(device: Path, point: Path) -> None:
+    """Mapped and deleted, in a mount that was detached: by the number of the device."""
+    mount.mount(device, point, "ext4")
+    try:
+        (point / "program").write_bytes(Path("/bin/sleep").read_bytes())
+        (point / "program").chmod(0o755)
+        user = subprocess.Popen([str(point / "program"), "30"], cwd="/")
+        (point / "program").unlink()
+    finally:
+        mount.unmount(point, flags=mount.UmountFlag.DETACH)
+    try:
+        assert any(text.startswith(f"process {user.pid} (program) has") for text in holders(device))
+    finally:
+        user.kill()
+        user.wait()
+    deadline = time.monotonic() + 5
+    while loop.is_open_exclusively(device):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert holders(device) == []

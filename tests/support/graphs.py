@@ -6,8 +6,9 @@ from pathlib import Path
 
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
+from devmapper.units import Bytes, ThinId
 from tests.support import capabilities, thin_tools
-from tests.support.local_engine import LocalEngine
+from tests.support.local_engine import LocalEngine, LocalPool
 
 SMALL = (
     "dm.loopdatasize=4M",
@@ -43,10 +44,16 @@ def open_small(
     *options: str,
     base_size: str | None = BASE_SIZE,
     checkpoint: Checkpoint = no_checkpoint,
+    deletion_interval: float = 3600,
 ) -> DeviceSet:
     """A graph with a base of 8 MiB; None as *base_size* leaves that as it is."""
-    chosen = [*SMALL, *([f"dm.basesize={base_size}"] if base_size else []), *options]
-    return DeviceSet(home, chosen, engine=engine, checkpoint=checkpoint)
+    return DeviceSet(
+        home,
+        [*SMALL, *([f"dm.basesize={base_size}"] if base_size else []), *options],
+        engine=engine,
+        checkpoint=checkpoint,
+        deletion_interval=deletion_interval,
+    )
 
 
 def records(home: Path) -> dict[str, dict[str, object]]:
@@ -71,3 +78,24 @@ def check_consistent(home: Path, devices: DeviceSet) -> None:
         devices.pool.export_metadata(Path(folder) / "metadata")
         if not capabilities.tools():
             assert thin_tools.thin_check(Path(folder) / "metadata")
+
+
+def hold_open(devices: DeviceSet, engine: LocalEngine, layer: str) -> LocalPool:
+    """Activate *layer* as if somebody in another mount namespace used it; returns the pool."""
+    info = devices.dev_info(layer)
+    (pool,) = engine.pools.values()
+    pool.activate(info.name(), ThinId(info.device_id), Bytes(info.size))
+    pool.in_use.add(info.name())
+    return pool
+
+
+def make_legacy(home: Path) -> dict[str, dict[str, object]]:
+    """Turn the records of a graph that is not open into the one file of early Docker versions."""
+    found = records(home)
+    old = {"" if name == "base" else name: dict(record) for name, record in found.items()}
+    for record in old.values():
+        del record["deleted"]
+    (home / "devicemapper" / "json").write_text(json.dumps({"Devices": old}))
+    for path in (home / "metadata").iterdir():
+        path.unlink()
+    return found

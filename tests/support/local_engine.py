@@ -5,6 +5,7 @@ are the real ones, so that `thin_check` has a say.  `crash` lets go of a pool wi
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,12 +32,14 @@ class LocalPool:
 
     def __init__(self, name: str, table: PoolTable, *, eager: bool) -> None:
         self.name = name
+        self.calls: Counter[str] = Counter()
         self._table = table
         self._eager = eager
         self._contents = table.data_device.parent / "contents"
         self._contents.mkdir(exist_ok=True)
         self._active: dict[str, DeviceInfo] = {}
         self.in_use: set[str] = set()  # names of devices that a test pretends to hold open
+        self.opened: set[str] = set()  # the same, by what no engine can see: a program's open
         self.broken: dict[str, Exception] = {}  # what a method raises instead of doing its work
         self.suspensions: list[str] = []
         device = FileDevice.open(table.metadata_device)
@@ -55,7 +58,7 @@ class LocalPool:
         return self._table
 
     def status(self) -> PoolStatus:
-        self._fail("status")
+        self._called("status")
         m = self._metadata
         return PoolStatus(
             m.transaction_id,
@@ -73,6 +76,7 @@ class LocalPool:
         )
 
     def thin_ids(self) -> list[ThinId]:
+        self._called("thin_ids")
         return self._metadata.thin_ids()
 
     def thin_status(self, thin_id: ThinId) -> ThinStatus:
@@ -88,14 +92,14 @@ class LocalPool:
         )
 
     def create_thin(self, thin_id: ThinId) -> None:
-        self._fail("create_thin")
+        self._called("create_thin")
         self._must_be_free(thin_id)
         self._metadata.create_thin(thin_id)
         self._content(thin_id).write_bytes(b"")
         self._message()
 
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
-        self._fail("create_snap")
+        self._called("create_snap")
         self._must_be_free(thin_id)
         self._must_exist(origin)
         self._metadata.create_snap(thin_id, origin)
@@ -103,16 +107,16 @@ class LocalPool:
         self._message()
 
     def delete(self, thin_id: ThinId) -> None:
-        self._fail("delete")
+        self._called("delete")
         self._must_exist(thin_id)
-        for info in self._active.values():
+        for info in self.devices():
             if info.thin_id == thin_id:
                 raise ThinBusy(info.name)
         self._metadata.delete(thin_id)
         self._message()
 
     def set_transaction_id(self, expected: TransactionId, new: TransactionId) -> None:
-        self._fail("set_transaction_id")
+        self._called("set_transaction_id")
         self._metadata.set_transaction_id(expected, new)
         self.commit()
 
@@ -129,8 +133,11 @@ class LocalPool:
         shutil.copyfile(self._table.metadata_device, target)
 
     def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
-        self._fail("activate")
+        self._called("activate")
         self._must_exist(thin_id)
+        info = self.info(name)
+        if info is not None and info.state is Activation.LEAVING:
+            raise ThinBusy(name, ["a deferred removal"])
         if name not in self._active:
             content = self._content(thin_id)
             with content.open("ab") as file:
@@ -139,30 +146,47 @@ class LocalPool:
         return self._active[name].path
 
     def deactivate(self, name: str, *, deferred: bool = False) -> Outcome:
-        if name in self.in_use:
+        self._called("deactivate")
+        info = self.info(name)
+        if info is None:
+            return Outcome.ALREADY
+        if name not in self.in_use | self.opened:
+            del self._active[name]
+        elif deferred:
+            self._active[name] = info._replace(state=Activation.LEAVING)
+        else:
             raise ThinBusy(name, ["the test"])
-        return Outcome.ALREADY if self._active.pop(name, None) is None else Outcome.DONE
+        return Outcome.DONE
 
     def cancel_deferred(self, name: str) -> Outcome:
-        return Outcome.ALREADY
+        info = self.info(name)
+        if info is None or info.state is not Activation.LEAVING:
+            return Outcome.ALREADY
+        self._active[name] = info._replace(state=Activation.ACTIVE)
+        return Outcome.DONE
 
     def info(self, name: str) -> DeviceInfo | None:
+        self._reap()
         info = self._active.get(name)
         if info is not None and name in self.in_use:
             return info._replace(open_count=1)
         return info
 
     def devices(self) -> list[DeviceInfo]:
+        self._reap()
         return list(self._active.values())
 
     @contextmanager
     def suspended(self, name: str) -> Iterator[None]:
-        if name in self._active:
+        info = self.info(name)
+        if info is not None:
+            if info.state is Activation.LEAVING:
+                raise ThinBusy(name, ["a deferred removal"])
             self.suspensions.append(name)
         yield
 
     def discard_device(self, name: str) -> None:
-        self._fail("discard_device")
+        self._called("discard_device")
         info = self._active[name]
         with info.path.open("wb") as file:
             file.truncate(info.size)
@@ -174,7 +198,15 @@ class LocalPool:
         if self._eager:
             self.commit()
 
-    def _fail(self, method: str) -> None:
+    def _reap(self) -> None:
+        """Devices that are leaving go with their last user."""
+        for name, info in list(self._active.items()):
+            users = self.in_use | self.opened
+            if info.state is Activation.LEAVING and name not in users:
+                del self._active[name]
+
+    def _called(self, method: str) -> None:
+        self.calls[method] += 1
         if method in self.broken:
             raise self.broken[method]
 
@@ -193,8 +225,9 @@ class LocalPool:
 class LocalEngine:
     """Implements `Engine`; several device sets of one test share one, as they would a machine."""
 
-    def __init__(self, *, eager: bool = False) -> None:
+    def __init__(self, *, eager: bool = False, deferred_removal: bool = False) -> None:
         self.eager = eager
+        self.deferred_removal = deferred_removal
         self.pools: dict[str, LocalPool] = {}
 
     def features(self) -> EngineFeatures:
@@ -204,7 +237,7 @@ class LocalEngine:
             "1.0",
             udev_sync=False,
             udev_sync_needed=False,
-            deferred_removal=False,
+            deferred_removal=self.deferred_removal,
         )
 
     def find_pool(self, name: str) -> LocalPool | None:

@@ -80,7 +80,7 @@ def test_a_loop_file_has_no_more_than_its_file_system(tmp_path):
 
 def test_without_the_pools_status_all_numbers_are_zero(tmp_path):
     found = status_of(None, PoolPaths("d", "", "m", ""), tmp_path)
-    assert [value for name, value in found.items() if "Space" in name] == ["0 B"] * 6
+    assert [value for name, value in found.items() if "Space" in name] == ["0 B"] * 7
     assert found["Pool Mode"] == "fail"
 
 

@@ -8,7 +8,7 @@ from devmapper.cli import border
 from devmapper.cli.arguments import Layer, Layers, NewLayer, Parent
 from devmapper.cli.output import Column, pairs, show, table
 from devmapper.cli.settings import check_layer_ids, opened_driver, settings_of
-from devmapper.errors import DevmapperError, LayerNotFound
+from devmapper.errors import DevmapperError, LayerNotFound, PoolMismatch
 
 if TYPE_CHECKING:
     from devmapper.driver import Driver, LayerUsage
@@ -108,8 +108,6 @@ def put(context: typer.Context, layer: Layer) -> None:
     settings = settings_of(context)
     check_layer_ids(layer)
     with opened_driver(settings) as driver:
-        if not driver.exists(layer):
-            raise LayerNotFound(layer)
         driver.put(layer)
     show(settings, {"id": layer})
 
@@ -120,23 +118,31 @@ def rm(context: typer.Context, layers: Layers) -> None:
     The blocks that only they use are free again. Each layer is removed for itself: one that cannot
     be removed does not keep the others.
 
+    A layer in use is busy. With dm.use_deferred_deletion it is gone for everybody at once, and its
+    blocks become free when its last user is gone, which is said.
+
     Example: devmapper rm web1 web2
     """
+    from devmapper.deviceset.deletion import Deletion
+
     settings = settings_of(context)
     check_layer_ids(*layers)
     removed = []
+    put_off = []
     failed = 0
     with opened_driver(settings) as driver:
         for layer in layers:
             try:
                 if not driver.exists(layer):
                     raise LayerNotFound(layer)
-                driver.remove(layer)
+                if driver.remove(layer) is Deletion.PUT_OFF:
+                    put_off.append(layer)
                 removed.append(layer)
             except (DevmapperError, OSError) as err:
                 status = border.report(err, settings)
                 failed = failed or status
-    show(settings, {"removed": removed})
+    words = [f"{layer}: in use, deleted when its last user is gone" for layer in put_off]
+    show(settings, {"removed": removed, "put_off": put_off}, "\n".join(words))
     if failed:
         raise typer.Exit(failed)
 
@@ -217,6 +223,35 @@ def inspect(context: typer.Context, layer: Layer) -> None:
         for name, item in value.items()
     ]
     show(settings, value, pairs(rows))
+
+
+def check(context: typer.Context) -> None:
+    """Compare the records of the layers with the pool.
+
+    It lists layers whose thin device is missing, thin devices that no layer has, and layers whose
+    deletion was put off until their last user is gone. Nothing is changed. A layer without a thin
+    device can be removed with rm. The metadata themselves are checked by pool check.
+
+    Example: devmapper check
+    """
+    settings = settings_of(context)
+    with opened_driver(settings) as driver:
+        found = driver.devices.consistency()
+    findings = found.findings()
+    value = {
+        "consistent": not findings,
+        "missing": [{"id": name, "device_id": thin_id} for name, thin_id in found.missing.items()],
+        "unknown": list(found.unknown),
+        "shared": [{"device_id": n, "ids": list(names)} for n, names in found.shared.items()],
+        "put_off": list(found.deleted),
+    }
+    words = [*findings, *(f"layer {name!r} is deleted when it is free" for name in found.deleted)]
+    show(settings, value, "\n".join(words) or "records and pool agree")
+    if findings:
+        raise PoolMismatch(
+            f"records and pool disagree: {len(findings)} findings",
+            hint="was the pool restored from a backup, or changed by another program?",
+        )
 
 
 def _states(driver: "Driver", usage: "list[LayerUsage]") -> dict[str, tuple[bool, bool]]:

@@ -117,6 +117,7 @@ for command in (
     layers.ls,
     layers.inspect,
     layers.exists,
+    layers.check,
     content.diff,
     content.changes,
     content.apply,

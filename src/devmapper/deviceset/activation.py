@@ -9,11 +9,17 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from devmapper.deviceset.busy import BUSY_TIMEOUT_SECONDS, deactivate, retry_while_busy
+from devmapper.deviceset.busy import (
+    BUSY_TIMEOUT_SECONDS,
+    deactivate,
+    retry_while_busy,
+    who_holds,
+)
+from devmapper.deviceset.consistency import present_in_pool
 from devmapper.deviceset.keyed_lock import KeyedLock
 from devmapper.deviceset.mounting import mention_label, mount_layer
 from devmapper.deviceset.names import LayerId, file_name
@@ -21,7 +27,7 @@ from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
-from devmapper.linux import blockdev, holders, mount
+from devmapper.linux import blockdev, mount
 from devmapper.units import SECTOR_SIZE, Bytes
 
 log = logging.getLogger(__name__)
@@ -36,6 +42,7 @@ class LayerMounts:
         self._graph = graph
         self._locks: KeyedLock[LayerId] = KeyedLock()
         self._users: dict[LayerId, int] = {}
+        self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
 
     @contextmanager
     def hold(self, *layers: LayerId) -> Iterator[None]:
@@ -71,8 +78,10 @@ class LayerMounts:
             place = self.mount_point(layer)
             if place is None:
                 self._users.pop(layer, None)
-                if not self._deactivate(layer):
+                info = self.info(layer)
+                if info is None or info.state is Activation.LEAVING:
                     raise LayerNotMounted(file_name(layer))
+                self._deactivate(layer)  # what an earlier call could not do
                 return 0
             left = max(1, self._users.get(layer, 1)) - 1
             if left > 0:
@@ -103,7 +112,8 @@ class LayerMounts:
             session.pool.cancel_deferred(name)
         # A device consists of whole sectors; dm.basesize need not (moby divides by 512 as well)
         whole = Bytes(record.size - record.size % SECTOR_SIZE)
-        return session.pool.activate(name, record.thin_id, whole)
+        with present_in_pool(layer, record.thin_id):
+            return session.pool.activate(name, record.thin_id, whole)
 
     def check_unused(self, layer: LayerId) -> None:
         """`LayerBusy`, which names the holders, if somebody uses the layer's device."""
@@ -111,72 +121,87 @@ class LayerMounts:
         if info is None:
             return
         if info.open_count > 0 or self.mount_point(layer) is not None:
-            raise LayerBusy(file_name(layer), _holders(info.path))
+            raise LayerBusy(file_name(layer), who_holds(info.path))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:
         """Deactivate a device that nobody should use any more."""
         try:
             deactivate(self._graph.pool, self._graph.names.device(layer), seconds=seconds)
         except ThinBusy as err:
-            raise self._busy(layer) from err
+            raise self.busy(layer) from err
+
+    def defer(self, layer: LayerId) -> None:
+        """Let a device that is in use go away with its last user."""
+        self._graph.pool.deactivate(self._graph.names.device(layer), deferred=True)
+
+    def busy(self, layer: LayerId) -> LayerBusy:
+        """The error that names who uses the layer's device."""
+        info = self.info(layer)
+        return LayerBusy(file_name(layer), who_holds(info.path) if info else ())
+
+    def remove_mount_point(self, layer: LayerId) -> None:
+        """Remove the directory below `mnt`, which moby 1.7 leaves behind."""
+        with suppress(OSError):  # not there, mounted again, or somebody has put something into it
+            (self._mount_points / layer).rmdir()
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
         self._users.clear()
 
     def _activate_and_mount(self, layer: LayerId, path: Path, label: str) -> None:
-        was_active = self.info(layer) is not None
-        with self._graph.session() as session:
-            device = self.activate(session, layer, session.get(layer))
-            # While this descriptor is open nobody can deactivate the device, and so its node
-            # cannot become another layer's before it is mounted
-            pin = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        before = self.info(layer)
+        device, pin = retry_while_busy(lambda: self._activate_and_open(layer))
         mounted = False
         try:
             mount_layer(layer, device, path, self._graph.options, label)
             mounted = True
         finally:
             os.close(pin)
-            if not mounted and not was_active:
-                self._undo_activation(layer)
+            if not mounted and (before is None or before.state is Activation.LEAVING):
+                self._undo_activation(layer, deferred=before is not None)
 
-    def _undo_activation(self, layer: LayerId) -> None:
+    def _activate_and_open(self, layer: LayerId) -> tuple[Path, int]:
+        """The device, and a descriptor for it.
+
+        While that is open nobody can deactivate the device, and so its node cannot become another
+        layer's before it is mounted.  `ThinBusy` if the device is just going away.
+        """
+        with self._graph.session() as session:
+            device = self.activate(session, layer, session.get(layer))
+            return device, os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _undo_activation(self, layer: LayerId, *, deferred: bool) -> None:
         try:
-            deactivate(self._graph.pool, self._graph.names.device(layer))
+            deactivate(self._graph.pool, self._graph.names.device(layer), deferred=deferred)
         except ThinBusy as err:
             log.warning("layer %r could not be mounted and stays active: %s", file_name(layer), err)
 
     def _unmount(self, layer: LayerId, place: Path) -> None:
-        """Unmount for good: moby detaches lazily, which leaves the device busy and unseen."""
+        """Unmount for good: moby detaches lazily, which leaves the device busy and unseen.
+
+        Removing the mount point then unmounts the copies that other mount namespaces have of it
+        (Linux 3.18; moby does it since 17.12): what leaks into a container does not keep the
+        device.  A directory that a caller has chosen is his own and stays.
+        """
         try:
             retry_while_busy(lambda: mount.unmount(place), seconds=_UNMOUNT_SECONDS)
         except OSError as err:
             if err.errno == errno.EBUSY:
-                raise self._busy(layer) from err
+                raise self.busy(layer) from err
             raise
+        if place == self._mount_points / layer:
+            self.remove_mount_point(layer)
 
-    def _deactivate(self, layer: LayerId) -> bool:
-        """Whether there was something to deactivate."""
-        if self.info(layer) is None:
-            return False
-        name = self._graph.names.device(layer)
+    def _deactivate(self, layer: LayerId) -> None:
+        """Deactivate a layer that was unmounted; one that is LEAVING goes by itself."""
+        info = self.info(layer)
+        if info is None or info.state is Activation.LEAVING:
+            return
         deferred = self._graph.options.use_deferred_removal
         try:
-            deactivate(self._graph.pool, name, deferred=deferred)
+            deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
-            raise self._busy(layer) from err
-        return True
-
-    def _busy(self, layer: LayerId) -> LayerBusy:
-        info = self.info(layer)
-        return LayerBusy(file_name(layer), _holders(info.path) if info else ())
-
-
-def _holders(device: Path) -> list[str]:
-    try:
-        return holders.holders(device)
-    except OSError:
-        return []
+            raise self.busy(layer) from err
 
 
 def _same_place(place: Path, path: Path) -> bool:

@@ -6,10 +6,12 @@ udev, blkid and the like open every new block device and let go of it soon.
 import errno
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 from devmapper.engine.port import Outcome, ThinPool
 from devmapper.errors import ThinBusy
+from devmapper.linux import holders
 
 BUSY_TIMEOUT_SECONDS: Final = 5.0  # moby waits 20 s, which its users see as a hang
 _PAUSE_SECONDS: Final = 0.05
@@ -32,6 +34,14 @@ def retry_while_busy(action: Callable[[], T], *, seconds: float = BUSY_TIMEOUT_S
             if time.monotonic() >= deadline:
                 raise
         time.sleep(_PAUSE_SECONDS)
+
+
+def who_holds(device: Path) -> list[str]:
+    """Who keeps *device*, in words; nobody where that cannot be told, as of one that has gone."""
+    try:
+        return holders.holders(device)
+    except OSError:
+        return []
 
 
 def deactivate(

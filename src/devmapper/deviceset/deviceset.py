@@ -6,6 +6,7 @@ may have the same graph open.
 """
 
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Final, Self
 
 from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.base import ensure_base
+from devmapper.deviceset.consistency import Consistency, present_in_pool
+from devmapper.deviceset.deletion import DELETION_INTERVAL_SECONDS, Deletion, Deletions
 from devmapper.deviceset.devinfo import DevInfo, MetaData
 from devmapper.deviceset.id_maps import ROOT, Owner
 from devmapper.deviceset.layer_root import make_owned
+from devmapper.deviceset.migration import LegacyRecords
 from devmapper.deviceset.mountopts import check_label
 from devmapper.deviceset.names import BASE, LayerId, file_name, internal_layer_id, layer_id
 from devmapper.deviceset.options import Options, parse_options
@@ -34,14 +38,13 @@ from devmapper.deviceset.status import (
     dev_status,
     graph_status,
 )
-from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
+from devmapper.deviceset.steps import Checkpoint, no_checkpoint
+from devmapper.deviceset.worker import Worker
 from devmapper.engine.port import Engine, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
-    LayerBusy,
     LayerNotFound,
     PoolNotFound,
-    ThinBusy,
 )
 from devmapper.units import Bytes
 
@@ -65,12 +68,14 @@ class DeviceSet:
         do_init: bool = True,
         checkpoint: Checkpoint = no_checkpoint,
         owner: Owner = ROOT,
+        deletion_interval: float = DELETION_INTERVAL_SECONDS,
     ) -> None:
         """Open the graph in *home*, recovering what a crash left.
 
         With *do_init* what is missing is made: the home, loop files, the pool, the base layer.
         Without it a graph that is not there is `PoolNotFound`.  *owner* is the root of containers
-        in a user namespace, which has to get through the home.
+        in a user namespace, which has to get through the home.  Deletions that were put off are
+        tried again every *deletion_interval* seconds while it is open.
         """
         chosen = options if isinstance(options, Options) else parse_options(options)
         self._home = Path(home).absolute()
@@ -80,8 +85,15 @@ class DeviceSet:
         self._graph = Graph(self._home, chosen, checkpoint)
         self._files = PoolFiles(self._home, self._graph.names.pool, chosen, checkpoint)
         self._mounts = LayerMounts(self._graph)
+        self._deletions = Deletions(self._graph, self._mounts)
+        self._worker = Worker(
+            "deferred deletion", self._deletions.complete_all, interval=deletion_interval
+        )
+        weakref.finalize(self, self._worker.abandon)  # who forgets `close` leaves no thread behind
         with self._graph.lock.hold():
-            self._open(do_init=do_init)
+            doomed = self._open(do_init=do_init)
+        if self._deletions.complete(doomed) or chosen.use_deferred_deletion:
+            self._worker.start()
 
     def __enter__(self) -> Self:
         return self
@@ -129,40 +141,42 @@ class DeviceSet:
         """
         layer, parent = layer_id(hash), internal_layer_id(base_hash)
         with self._mounts.hold(layer, parent):
+            self._deletions.make_way(layer)
             wanted = None if size is None else Bytes(size)
             create_layer(self._graph, self._mounts, layer, parent, wanted)
         log.info("created layer %r from %r", hash, file_name(parent))
 
-    def delete_device(self, hash: str) -> None:  # noqa: A002 - the seed's name
-        """Delete a layer; one that is in use is `LayerBusy` at once, and nothing was changed."""
-        layer = internal_layer_id(hash)
-        with self._mounts.hold(layer):
-            with self._graph.session() as session:
-                record = session.get(layer)
-                self._mounts.check_unused(layer)
-                discards = self._graph.options.discard_on_delete
-                if discards:
-                    record = session.doom(layer, record)
-                else:
-                    self._mounts.release(layer, seconds=0)
-                    session.delete(layer, record)
-            if discards:
-                self._discard(layer, record)
-                self._delete_doomed(layer)
-        log.info("deleted layer %r", file_name(layer))
+    def delete_device(self, hash: str) -> Deletion:  # noqa: A002 - the seed's name
+        """Delete a layer; one that is in use is `LayerBusy`, and nothing was changed.
+
+        With dm.use_deferred_deletion the layer is gone for everybody at once, and its device and
+        blocks when its last user is gone; the result says if that is still to come.
+        """
+        deletion = self._deletions.delete(internal_layer_id(hash))
+        if deletion is Deletion.PUT_OFF:
+            self._worker.start()
+        return deletion
 
     def mount_device(self, hash: str, path: Path | str, mount_label: str = "") -> None:  # noqa: A002 - the seed's name
         """Mount the layer's file system on *path*, or count one more user of that mount."""
         check_label(mount_label)
         layer = internal_layer_id(hash)
+        self._known(layer)
         users = self._mounts.mount(layer, Path(path), mount_label)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
     def unmount_device(self, hash: str) -> None:  # noqa: A002 - the seed's name
-        """Take back one `mount_device`; the last one unmounts and deactivates."""
+        """Take back one `mount_device`; the last one unmounts and deactivates.
+
+        It is also how the last user of a layer leaves whose deletion was put off.
+        """
         layer = internal_layer_id(hash)
-        self._known(layer)
-        self._mounts.unmount(layer)
+        record = self._graph.store.load(layer)
+        if record is None or (record.deleted and self._mounts.mount_point(layer) is None):
+            raise LayerNotFound(file_name(layer))
+        left = self._mounts.unmount(layer)
+        if record.deleted and left == 0:
+            self._deletions.complete([layer])
 
     def has_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
         return self._find(internal_layer_id(hash)) is not None
@@ -196,12 +210,15 @@ class DeviceSet:
 
     def get_device_status(self, hash: str) -> DevStatus:  # noqa: A002 - the seed's name
         """Sizes of one layer; nothing is activated for it, as moby does."""
-        record = self._known(internal_layer_id(hash))
+        layer = internal_layer_id(hash)
+        record = self._known(layer)
         pool = self._graph.pool
-        thin = pool.thin_status(record.thin_id)
+        with present_in_pool(layer, record.thin_id):
+            thin = pool.thin_status(record.thin_id)
         return dev_status(record.size, thin, record.transaction_id, pool.status().block_size)
 
     def status(self) -> Status:
+        options = self._graph.options
         return graph_status(
             self._home,
             self._graph.names.pool,
@@ -209,7 +226,10 @@ class DeviceSet:
             self._pool_status(),
             self._engine.features(),
             self._base(),
-            deferred_removal=self._graph.options.use_deferred_removal,
+            deferred_removal=options.use_deferred_removal,
+            deferred_deletion=options.use_deferred_deletion,
+            deleted_layers=len(self._deletions.doomed()),
+            min_free_percent=options.min_free_space,
         )
 
     def data_device_path(self) -> str:
@@ -222,8 +242,12 @@ class DeviceSet:
 
     def inconsistencies(self) -> Sequence[str]:
         """Where records and pool disagree, one sentence each; nothing is repaired by itself."""
+        return self.consistency().findings()
+
+    def consistency(self) -> Consistency:
+        """A comparison of all records with the thin ids in the pool."""
         with self._graph.session() as session:
-            return session.inconsistencies()
+            return session.consistency()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -249,17 +273,18 @@ class DeviceSet:
         What is in use stays mounted, and so does the pool: `LayerBusy` names it after all the rest
         has been let go.
         """
-        with self._graph.session() as session:
-            session.save_last_id()
-            pool = session.pool
-        self._mounts.forget()
-        release_devices(pool)
-        with self._graph.lock.hold():
-            self._engine.deactivate_pool(self._graph.names.pool)
+        self._worker.stop()
+        try:
+            self._shut_down()
+        except Exception:
+            if self._graph.options.use_deferred_deletion:
+                self._worker.start()  # the graph is still open
+            raise
         self._graph.close()
 
     def close(self) -> None:
         """Let go of the graph; what is active and mounted stays so.  Idempotent."""
+        self._worker.stop()
         if not self._graph.is_open:
             return
         try:
@@ -275,10 +300,15 @@ class DeviceSet:
         elif not (self._home / "metadata").is_dir():
             raise PoolNotFound(f"there is no graph in {str(self._home)!r}")
 
-    def _open(self, *, do_init: bool) -> None:
-        self._graph.store.prepare()
+    def _open(self, *, do_init: bool) -> Sequence[LayerId]:
+        """Make the graph ready; returns the layers whose deletion is still to be completed."""
+        store = self._graph.store
+        store.prepare()
+        self._legacy = LegacyRecords.read(self._home, store)
         pool, activated = self._activate(create=do_init)
         try:
+            if self._legacy is not None:
+                self._legacy.migrate(store, self._graph.checkpoint)
             session = self._graph.adopt(pool)
             if do_init:
                 ensure_base(session, self._graph.options, verify=activated)
@@ -286,8 +316,12 @@ class DeviceSet:
             if activated:
                 self._let_go_again()
             raise
+        return session.doomed
 
     def _activate(self, *, create: bool) -> tuple[ThinPool, bool]:
+        if self._graph.options.use_deferred_removal:
+            # Also where the pool is active already: moby 1.7 went on without it, silently
+            check_engine(self._engine.features(), self._graph.options)
         return self._files.activate(
             self._engine,
             create=create,
@@ -297,9 +331,21 @@ class DeviceSet:
 
     def _has_layers(self) -> bool:
         """Whether a record exists that a blank pool cannot have; an interrupted start has one."""
+        if self._legacy is not None and self._legacy.records:
+            return True
         intent = self._graph.store.load_transaction()
         pending = intent.layer if intent and intent.open_transaction_id == 1 else None
         return any(layer != pending for layer in self._graph.store.layers())
+
+    def _shut_down(self) -> None:
+        with self._graph.session() as session:
+            session.save_last_id()
+            pool = session.pool
+        self._mounts.forget()
+        release_devices(pool)
+        self._deletions.complete_all()  # nothing is in use any more
+        with self._graph.lock.hold():
+            self._engine.deactivate_pool(self._graph.names.pool)
 
     def _let_go_again(self) -> None:
         try:
@@ -316,27 +362,6 @@ class DeviceSet:
         if record is None:
             raise LayerNotFound(file_name(layer))
         return record
-
-    def _discard(self, layer: LayerId, record: LayerRecord) -> None:
-        """Give the blocks back to the loop file; a wish, as in moby: errors are only logged."""
-        try:
-            with self._graph.session() as session:
-                self._mounts.activate(session, layer, record)
-            self._graph.pool.discard_device(self._graph.names.device(layer))
-            self._graph.checkpoint(Step.THIN_DISCARDED)
-        except (DevmapperError, OSError) as err:
-            log.info("layer %r was not discarded: %s", file_name(layer), err)
-
-    def _delete_doomed(self, layer: LayerId) -> None:
-        """Delete what `doom` has marked; if that fails now, the next start does it."""
-        try:
-            self._mounts.release(layer)
-            with self._graph.session() as session:
-                record = session.store.load(layer)
-                if record is not None and record.deleted:  # else another process was faster
-                    session.delete(layer, record)
-        except (LayerBusy, ThinBusy) as err:
-            log.info("layer %r goes as soon as its device is free: %s", file_name(layer), err)
 
     def _pool_status(self) -> PoolStatus | None:
         try:

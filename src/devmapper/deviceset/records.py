@@ -79,8 +79,8 @@ class RecordStore:
     def load(self, layer: LayerId) -> LayerRecord | None:
         """The record of a layer, None if it has none; `RecordCorrupt` if it cannot be trusted."""
         path = self._path(layer)
-        fields = _read(path)
-        return None if fields is None else _layer_record(fields)
+        fields = read_fields(path)
+        return None if fields is None else decode_layer(fields)
 
     def save(self, layer: LayerId, record: LayerRecord) -> None:
         save_file(self._path(layer), encode_layer(record))
@@ -112,7 +112,7 @@ class RecordStore:
 
     def load_deviceset(self) -> DeviceSetRecord:
         path = self.directory / DEVICESET_METADATA
-        fields = _read(path)
+        fields = read_fields(path)
         if fields is None:
             return DeviceSetRecord()
         return DeviceSetRecord(
@@ -127,7 +127,7 @@ class RecordStore:
 
     def load_transaction(self) -> TransactionRecord | None:
         path = self.directory / TRANSACTION_METADATA
-        fields = _read(path)
+        fields = read_fields(path)
         if fields is None:
             return None
         return TransactionRecord(
@@ -176,7 +176,8 @@ def encode_transaction(record: TransactionRecord) -> bytes:
     )
 
 
-def _layer_record(fields: "_Fields") -> LayerRecord:
+def decode_layer(fields: "Fields") -> LayerRecord:
+    """A layer's record; `RecordCorrupt` names the member that is missing or wrong."""
     return LayerRecord(
         ThinId(fields.integer("device_id", MAX_THIN_ID)),
         Bytes(fields.integer("size", _INT64)),
@@ -195,7 +196,7 @@ def _encode(*items: tuple[str, object]) -> bytes:
     return text.encode()
 
 
-class _Fields:
+class Fields:
     """Members of a JSON object, taken out one by one with their types checked.
 
     Names match as Go's decoder matches them: whatever their case, the last one wins.
@@ -225,6 +226,12 @@ class _Fields:
             raise self._wrong(name, "a string", value)
         return value
 
+    def mapping(self, name: str) -> dict[str, object]:
+        value = self._take(name, None)
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object", value)
+        return value
+
     def rest(self) -> Extra:
         return tuple(self._left.items())
 
@@ -244,7 +251,7 @@ class _Fields:
         return RecordCorrupt(self._path, f"{name!r} is {shown}, expected {expected}")
 
 
-def _read(path: Path) -> _Fields | None:
+def read_fields(path: Path, *, limit: int = _MAX_FILE) -> Fields | None:
     """The members of the file's one object, None if there is no file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -253,9 +260,9 @@ def _read(path: Path) -> _Fields | None:
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise RecordCorrupt(path, "it is not a regular file")
-        raw = file.read(_MAX_FILE + 1)
-    if len(raw) > _MAX_FILE:
-        raise RecordCorrupt(path, f"it is larger than {_MAX_FILE} bytes")
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise RecordCorrupt(path, f"it is larger than {limit} bytes")
     try:
         members = json.loads(raw.decode(), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as err:
@@ -263,7 +270,7 @@ def _read(path: Path) -> _Fields | None:
     if not isinstance(members, _Pairs):
         raise RecordCorrupt(path, "it is not a JSON object")
     try:
-        return _Fields(path, [(key, _plain(value)) for key, value in members])
+        return Fields(path, [(key, _plain(value)) for key, value in members])
     except RecursionError as err:
         raise RecordCorrupt(path, "it is nested too deeply") from err
 

@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from devmapper.deviceset.consistency import Consistency, present_in_pool
 from devmapper.deviceset.ids import ThinIds
 from devmapper.deviceset.lock import GraphLock
 from devmapper.deviceset.names import BASE, GraphNames, LayerId, file_name
 from devmapper.deviceset.options import Options
+from devmapper.deviceset.origin import quiesced
 from devmapper.deviceset.records import LayerRecord, RecordStore
+from devmapper.deviceset.space import check_free_space
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.deviceset.transaction import Journal
 from devmapper.engine.port import ThinPool
-from devmapper.errors import LayerNotFound, ThinBusy, ThinIdExists
+from devmapper.errors import LayerNotFound, ThinIdExists, ThinIdsExhausted
 from devmapper.units import Bytes, ThinId
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ class Graph:
         Call under the graph's lock.
         """
         self._session = Session(self, pool)
-        self._session.refresh()
+        self._session.load()
         return self._session
 
     @contextmanager
@@ -85,22 +88,29 @@ class Session:
         self.store = graph.store
         self.names = graph.names
         self.checkpoint = graph.checkpoint
+        self._min_free_space = graph.options.min_free_space
         self._journal = Journal(graph.store, pool, graph.checkpoint)
         self._ids = ThinIds((), 0)
+        self.doomed: tuple[
+            LayerId, ...
+        ] = ()  # found when all records were read last; the base is not among them
+
+    def load(self) -> None:
+        """Recover, and read all records: what happens once, when a graph is opened."""
+        self._journal.recover()
+        self._learn_ids(self.store.load_deviceset().next_device_id)
 
     def refresh(self) -> None:
-        """Recover and load again, unless everything is as our own last transaction left it."""
+        """Recover, unless everything is as our own last transaction left it.
+
+        What other processes did meanwhile is not read again, whatever the number of layers:
+        records are read when they are needed, and the pool refuses a thin id that is in use.
+        """
         if self._journal.is_undisturbed():
             return
-        if self._journal.recover():
-            log.info("recovered an interrupted operation")
-        records = self.store.load_all()
-        stored = self.store.load_deviceset()
-        used = {record.thin_id for record in records.values()}
-        self._ids = ThinIds(used | set(self.pool.thin_ids()), stored.next_device_id)
-        for layer, record in records.items():
-            if record.deleted:
-                self._purge(layer, record)
+        intent = self._journal.recover()
+        if intent is not None:
+            self._ids.follow(intent.thin_id)
 
     def find(self, layer: LayerId) -> LayerRecord | None:
         """The record of a layer that exists; one that is on its way out does not."""
@@ -169,20 +179,24 @@ class Session:
         if stored.next_device_id != self._ids.last:
             self.store.save_deviceset(stored._replace(next_device_id=self._ids.last))
 
-    def inconsistencies(self) -> list[str]:
-        """Where records and pool disagree; nothing is ever repaired or destroyed for it."""
+    def consistency(self) -> Consistency:
+        return Consistency.of(self.store.load_all(), self.pool.thin_ids())
+
+    def _learn_ids(self, last: int) -> None:
         records = self.store.load_all()
-        present = set(self.pool.thin_ids())
-        known = {record.thin_id for record in records.values()}
-        found = [
-            f"layer {file_name(layer)!r}: its thin id {record.thin_id} is not in the pool"
-            for layer, record in sorted(records.items())
-            if record.thin_id not in present
-        ]
-        return found + [
-            f"thin id {thin_id} is in the pool, but no layer has it"
-            for thin_id in sorted(present - known)
-        ]
+        used = {record.thin_id for record in records.values()}
+        self._ids = ThinIds(used | set(self.pool.thin_ids()), last)
+        self.doomed = tuple(
+            layer for layer, each in records.items() if each.deleted and layer != BASE
+        )
+
+    def _allocate(self) -> ThinId:
+        try:
+            return self._ids.allocate()
+        except ThinIdsExhausted:
+            # Ids that other processes have freed are still in use for all we know
+            self._learn_ids(self._ids.last)
+            return self._ids.allocate()
 
     def _create(
         self,
@@ -192,8 +206,9 @@ class Session:
         *,
         doomed: bool = False,
     ) -> LayerRecord:
+        check_free_space(self._journal.status, self._min_free_space)
         for attempt in range(_ID_COLLISIONS):
-            thin_id = self._ids.allocate()
+            thin_id = self._allocate()
             try:
                 return self._create_as(thin_id, layer, size, origin, doomed=doomed)
             except ThinIdExists:
@@ -219,16 +234,9 @@ class Session:
                 transaction.create_thin()
             else:
                 parent, parent_id = origin
-                with self.pool.suspended(self.names.device(parent)):
+                with (
+                    quiesced(self.pool, self.names.device(parent)),
+                    present_in_pool(parent, parent_id),
+                ):
                     transaction.create_snap(parent_id)
             return transaction.save_record(size, doomed=doomed)
-
-    def _purge(self, layer: LayerId, record: LayerRecord) -> None:
-        """Complete a deletion that was put off; what is in use stays for the next time."""
-        if layer == BASE:
-            return  # the base layer's own start-up decides about it
-        try:
-            self.pool.deactivate(self.names.device(layer))
-            self.delete(layer, record)
-        except ThinBusy:
-            log.info("layer %r is deleted as soon as nobody uses its device", layer)

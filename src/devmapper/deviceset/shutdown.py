@@ -2,10 +2,10 @@
 
 import errno
 
-from devmapper.deviceset.busy import deactivate, retry_while_busy
+from devmapper.deviceset.busy import deactivate, retry_while_busy, who_holds
 from devmapper.engine.port import DeviceInfo, ThinPool
 from devmapper.errors import LayerBusy, ThinBusy
-from devmapper.linux import blockdev, holders, mount
+from devmapper.linux import blockdev, mount
 
 _SECONDS = 1.0
 
@@ -23,7 +23,7 @@ def release_devices(pool: ThinPool) -> None:
         except (ThinBusy, OSError) as err:
             if isinstance(err, OSError) and err.errno != errno.EBUSY:
                 raise
-            busy = LayerBusy(device.name, holders.holders(device.path))
+            busy = LayerBusy(device.name, who_holds(device.path))
             busy.__cause__ = err
             failed.append(busy)
     for other in failed[1:]:

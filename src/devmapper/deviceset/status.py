@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from devmapper.deviceset.space import minimum_free_space
 from devmapper.engine.port import EngineFeatures, PoolMode, PoolStatus, ThinStatus
 from devmapper.linux.files import file_system_name
 from devmapper.thin.format import BLOCK_SIZE
@@ -19,7 +20,7 @@ class DiskUsage(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The seed's `Status`; from *engine* on the fields are later Docker's and ours."""
+    """The seed's `Status`; those from *backing_file_system* on are not in it."""
 
     pool_name: str
     data_file: str
@@ -37,8 +38,11 @@ class Status(NamedTuple):
     mode: str
     needs_check: bool
     transaction_id: int
-    base_device_size: Bytes = Bytes(0)
-    base_file_system: str = ""
+    base_device_size: Bytes
+    base_file_system: str
+    min_free_space: Bytes  # of data, below which no layer is made
+    deferred_deletion_enabled: bool
+    deferred_deleted_count: int  # layers whose deletion was put off
 
 
 class DevStatus(NamedTuple):
@@ -77,6 +81,9 @@ def graph_status(
     base: BaseLayer,
     *,
     deferred_removal: bool,
+    deferred_deletion: bool = False,
+    deleted_layers: int = 0,
+    min_free_percent: int = 0,
 ) -> Status:
     """Put together what was asked; without the pool's status all numbers are 0, as in moby."""
     return Status(
@@ -98,6 +105,9 @@ def graph_status(
         pool.transaction_id if pool else 0,
         base.size,
         base.file_system,
+        minimum_free_space(pool, min_free_percent) if pool else Bytes(0),
+        deferred_deletion,
+        deleted_layers,
     )
 
 
@@ -133,8 +143,11 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("Metadata Space Used", human_size(status.metadata.used)),
         ("Metadata Space Total", human_size(status.metadata.total)),
         ("Metadata Space Available", human_size(status.metadata.available)),
+        ("Thin Pool Minimum Free Space", human_size(status.min_free_space)),
         ("Udev Sync Supported", _bool(status.udev_sync_supported)),
         ("Deferred Removal Enabled", _bool(status.deferred_remove_enabled)),
+        ("Deferred Deletion Enabled", _bool(status.deferred_deletion_enabled)),
+        ("Deferred Deleted Device Count", str(status.deferred_deleted_count)),
     ]
     if status.data_loopback:
         found.append(("Data loop file", status.data_loopback))

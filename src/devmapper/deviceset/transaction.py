@@ -14,7 +14,7 @@ from enum import StrEnum, auto
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.records import LayerRecord, RecordStore, TransactionRecord
 from devmapper.deviceset.steps import Checkpoint, Step
-from devmapper.engine.port import ThinPool
+from devmapper.engine.port import PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
     PoolFull,
@@ -112,6 +112,14 @@ class Journal:
         self.checkpoint = checkpoint
         self.transaction_id = TransactionId(0)  # of the pool, as `recover` or a commit left it
         self.settled = False
+        self._status: PoolStatus | None = None
+
+    @property
+    def status(self) -> PoolStatus:
+        """The pool's status as it was when the session began."""
+        if self._status is None:
+            self._status = self.pool.status()
+        return self._status
 
     @contextmanager
     def begin(self, layer: LayerId, thin_id: ThinId) -> Iterator[Transaction]:
@@ -142,20 +150,22 @@ class Journal:
 
         Another process moves the pool's id; one that died on its way has left its intent.
         """
-        if not self.settled or self.pool.status().transaction_id != self.transaction_id:
+        self._status = self.pool.status()
+        if not self.settled or self._status.transaction_id != self.transaction_id:
             return False
         intent = self.store.load_transaction()
         return intent is None or intent.open_transaction_id == self.transaction_id
 
-    def recover(self) -> bool:
-        """Bring files and pool together again; whether something had to be done.
+    def recover(self) -> TransactionRecord | None:
+        """Bring files and pool together again; returns the last transaction that is known.
 
         An interrupted creation is undone, an interrupted deletion completed: both by deleting the
         thin device, which may be gone already, and then its record.  A thin device that is in use
         cannot be deleted: its layer is marked as deleted instead and keeps its id, so that nothing
         leaks (moby frees both: deviceset.go rollbackTransaction).
         """
-        pool = self.pool.status().transaction_id
+        self._status = self.pool.status()
+        pool = self._status.transaction_id
         intent = self.store.load_transaction()
         finding = compare(pool, intent.open_transaction_id if intent else None)
         if finding is Finding.CONFLICT and intent is not None:
@@ -163,10 +173,12 @@ class Journal:
         if finding is Finding.INTERRUPTED and intent is not None:
             self._undo(intent)
             self.store.remove_transaction()
+            self._status = None  # space has become free
             self.checkpoint(Step.RECOVERED)
+            log.info("recovered an interrupted operation")
         self.transaction_id = pool
         self.settled = True
-        return finding is Finding.INTERRUPTED
+        return intent
 
     def _undo(self, intent: TransactionRecord) -> None:
         record = self.store.load(intent.layer)

@@ -154,7 +154,8 @@ class ThinPool(Protocol):
     def deactivate(self, name: str, *, deferred: bool = False) -> Outcome:
         """Remove the block device; not active is ALREADY.
 
-        Busy: `ThinBusy`; with *deferred* it becomes LEAVING instead.
+        Busy: `ThinBusy`; with *deferred* it becomes LEAVING instead, without waiting.  Without
+        *deferred* one that is LEAVING is removed if nobody uses it any more.
         """
 
     def cancel_deferred(self, name: str) -> Outcome: ...
@@ -163,7 +164,8 @@ class ThinPool(Protocol):
     def suspended(self, name: str) -> AbstractContextManager[None]:
         """Freeze the file system on it, drain and flush its I/O; undone on leaving, on every path.
 
-        A device that is not active: nothing to do.
+        A device that is not active: nothing to do.  One that is LEAVING may be `ThinBusy`: cancel
+        that before.
         """
 
     def discard_device(self, name: str) -> None:

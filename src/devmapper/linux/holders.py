@@ -1,83 +1,111 @@
 """Who keeps a block device or its file system busy, in words for an error message.
 
-Reads /proc and /sys only: no file of the device is opened, so nothing here can hang on it.  The
-answer is a hint: processes come and go while it is made, and it is bounded in time and length.
+Reads /proc and /sys, and asks only what the kernel has in its memory: no file of the device is
+opened, no file system that may be dead is asked, so nothing here can hang.  The answer is a hint:
+processes come and go while it is made, and it is bounded in time and length.
 """
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from devmapper.linux import mount
+from devmapper.linux import libc, loop, mount
 from devmapper.linux.blockdev import DeviceNumber, device_number
 
 _MAX_HOLDERS: Final = 10
 _MAX_SECONDS: Final = 2.0
 _MAX_DESCRIPTORS: Final = 4096
+_MAX_MAPS: Final = 1024**2  # bytes of a process's table of mappings
 
 
 def holders(device: Path) -> list[str]:
-    """Name who uses *device*: mounts, processes, devices that stand on it; at most ten.
+    """Name who uses *device*: mounts, processes, devices that stand on it, swap; at most ten.
 
-    Each is like `mounted at '/mnt'`, `process 42 (sleep) in another mount namespace`,
-    `process 42 (cat) has '/mnt/file' open`, `block device dm-3`.
+    Each is like `mounted at '/mnt'`, `block device dm-3`, `loop device '/dev/loop7' on '/mnt/f'`,
+    `swap on '/mnt/f'`, `process 42 (cat) uses '/mnt/file'`,
+    `process 42 (sleep) has it mounted in another mount namespace`.
     """
     number = device_number(device)
-    found: list[str] = [f"mounted at {str(m.mount_point)!r}" for m in mount.mounts_of(number)]
-    found += [f"block device {name}" for name in _stacked_devices(number)]
-    deadline = time.monotonic() + _MAX_SECONDS
-    own_namespace = _link(Path("/proc/self/ns/mnt"))
-    seen_namespaces = {own_namespace}
     points = [str(entry.mount_point) for entry in mount.mounts_of(number)]
-    nodes = _names_of(device)
+    found: list[str] = [f"mounted at {point!r}" for point in points]
+    found += [f"block device {name}" for name in _stacked_devices(number)]
+    within = _Within(device, points)
+    found += [f"loop device {str(node)!r} on {name!r}" for node, name in _loop_devices(within)]
+    found += [f"swap on {name!r}" for name in _swaps(within)]
+    deadline = time.monotonic() + _MAX_SECONDS
+    seen_namespaces = {_link(Path("/proc/self/ns/mnt"))}
     for process in _processes():
         if len(found) >= _MAX_HOLDERS or time.monotonic() > deadline:
             break
         with suppress(OSError):
-            found += _uses_of(process, number, nodes, points, seen_namespaces)
+            found += _uses_of(process, number, seen_namespaces)
     return found[:_MAX_HOLDERS]
 
 
-def _uses_of(
-    process: Path,
-    number: DeviceNumber,
-    nodes: frozenset[str],
-    points: list[str],
-    seen_namespaces: set[str],
-) -> list[str]:
+class _Within:
+    """Tells by its name whether a file is the device itself or lies on its file system."""
+
+    def __init__(self, device: Path, points: list[str]) -> None:
+        self._nodes = {str(device), os.path.realpath(device)}
+        self._points = points
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._nodes or any(name.startswith(f"{point}/") for point in self._points)
+
+
+def _uses_of(process: Path, number: DeviceNumber, seen_namespaces: set[str]) -> list[str]:
     who = f"process {process.name} ({_command(process)})"
-    visible = points
     uses = []
     namespace = _link(process / "ns/mnt")
     if namespace and namespace not in seen_namespaces:  # without a name: not ours to look into
         seen_namespaces.add(namespace)
-        there = [m for m in mount.mountinfo(int(process.name)) if m.device == number]
-        if there:
+        if any(m.device == number for m in mount.mountinfo(int(process.name))):
             uses.append(f"{who} has it mounted in another mount namespace")
-            visible = [str(entry.mount_point) for entry in there]
-    for name in _open_names(process):
-        if name in nodes or any(name == p or name.startswith(p + "/") for p in visible):
-            uses.append(f"{who} uses {name!r}")
-            break
+    for link in _open_files(process):
+        if _is_on(link, number):
+            uses.append(f"{who} uses {_link(link)!r}")
+            return uses
+    if (mapped := _mapped_file(process, number)) is not None:
+        uses.append(f"{who} has {mapped!r} mapped")
     return uses
 
 
-def _open_names(process: Path) -> Iterator[str]:
-    # Names of links, not stat(): that would ask a file system which may be dead
-    yield _link(process / "cwd")
-    yield _link(process / "root")
+def _is_on(link: Path, number: DeviceNumber) -> bool:
+    """Whether what /proc's *link* leads to is on the device, or is its node.
+
+    By number: a name would not tell of files in a mount that was detached, or elsewhere.
+    """
+    try:
+        mode, file_system, node = libc.cached_devices(str(link))
+    except OSError:
+        return False
+    return file_system == number or (stat.S_ISBLK(mode) and node == number)
+
+
+def _open_files(process: Path) -> Iterator[Path]:
+    yield process / "cwd"
+    yield process / "root"
     with suppress(OSError), os.scandir(process / "fd") as entries:
         for count, entry in enumerate(entries):
             if count >= _MAX_DESCRIPTORS:
                 return
-            yield _link(Path(entry.path))
+            yield Path(entry.path)
 
 
-def _names_of(device: Path) -> frozenset[str]:
-    return frozenset({str(device), os.path.realpath(device)})
+def _mapped_file(process: Path, number: DeviceNumber) -> str | None:
+    """A file on the device that the process runs or has mapped (proc_pid_maps(5))."""
+    device = f"{number.major:02x}:{number.minor:02x}".encode()
+    with open(process / "maps", "rb") as file:
+        text = file.read(_MAX_MAPS)
+    for line in text.splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[3] == device:
+            return os.fsdecode(fields[5])
+    return None
 
 
 def _stacked_devices(number: DeviceNumber) -> list[str]:
@@ -85,6 +113,21 @@ def _stacked_devices(number: DeviceNumber) -> list[str]:
         return sorted(os.listdir(f"/sys/dev/block/{number}/holders"))
     except OSError:
         return []
+
+
+def _loop_devices(within: _Within) -> list[tuple[Path, str]]:
+    """Loop devices on the device itself, or on a file of it: they are no `holders` in sysfs."""
+    return [(node, str(name)) for node, name in loop.attached_devices() if str(name) in within]
+
+
+def _swaps(within: _Within) -> list[str]:
+    """Swap areas on the device itself or on a file of it (proc_swaps(5))."""
+    try:
+        text = Path("/proc/swaps").read_bytes()
+    except OSError:
+        return []
+    names = [mount.unescape(line.split()[0]) for line in text.splitlines()[1:] if line.split()]
+    return [name for name in names if name in within]
 
 
 def _processes() -> Iterator[Path]:

@@ -22,8 +22,22 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+]
+
 _STATFS_BUFFER: Final = 512  # struct statfs takes 120 bytes on 64-bit machines
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h
+_STATX_BUFFER: Final = 256  # struct statx of linux/stat.h
+_STATX_MODE: Final = struct.Struct("=28xH")
+_STATX_DEVICES: Final = struct.Struct("=128x4I")  # rdev, then dev, each major and minor
+_AT_FDCWD: Final = -100  # linux/fcntl.h
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_AT_NO_AUTOMOUNT: Final = 0x800
 
 
 def _check(result: int, call: str, subject: str | None) -> None:
@@ -62,6 +76,19 @@ def statfs_type(path: str) -> int:
     _check(_libc.statfs(os.fsencode(path), buffer), "statfs", path)
     (f_type,) = struct.unpack_from("@L", buffer)
     return int(f_type) & 0xFFFFFFFF
+
+
+def cached_devices(path: str) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Mode, device of the file system, and device that the node stands for, from statx(2).
+
+    With AT_STATX_DONT_SYNC, so that a file system that does not answer any more is not asked.
+    """
+    buffer = ctypes.create_string_buffer(_STATX_BUFFER)
+    flags = _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
+    _check(_libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, buffer), "statx", path)
+    (mode,) = _STATX_MODE.unpack_from(buffer)
+    node_major, node_minor, major, minor = _STATX_DEVICES.unpack_from(buffer)
+    return mode, (major, minor), (node_major, node_minor)
 
 
 def syncfs(fd: int) -> None:

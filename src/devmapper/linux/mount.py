@@ -178,15 +178,16 @@ def _parse_entry(line: bytes) -> MountEntry:
         int(fields[0]),
         int(fields[1]),
         DeviceNumber(int(major), int(minor)),
-        _unescape(fields[3]),
-        Path(_unescape(fields[4])),
+        unescape(fields[3]),
+        Path(unescape(fields[4])),
         fields[5].decode("ascii"),
         tuple(field.decode("ascii") for field in fields[6:]),
-        _unescape(rest[0]),
-        _unescape(rest[1]),
-        _unescape(rest[2]) if len(rest) > 2 else "",
+        unescape(rest[0]),
+        unescape(rest[1]),
+        unescape(rest[2]) if len(rest) > 2 else "",
     )
 
 
-def _unescape(field: bytes) -> str:
+def unescape(field: bytes) -> str:
+    """A name as /proc spells it, where blanks and the like are octal."""
     return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))

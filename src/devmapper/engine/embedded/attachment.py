@@ -40,9 +40,10 @@ def find(file: Path) -> Path | None:
     return _find_among(file, loop.find_by_backing_file(file))
 
 
-def detach(node: Path) -> bool:
-    """Detach a loop device; False if it is in use."""
-    timeout = 0.0 if mount.mounts_of(device_number(node)) else _PROBE_SECONDS
+def detach(node: Path, *, patient: bool = True) -> bool:
+    """Detach a loop device; False if it is in use, if *patient* for longer than a probe lasts."""
+    waits = patient and not mount.mounts_of(device_number(node))
+    timeout = _PROBE_SECONDS if waits else 0.0
     try:
         loop.detach(node, timeout=timeout)
     except OSError as err:
@@ -72,7 +73,8 @@ class Survey:
             stacked = len(os.listdir(f"/sys/dev/block/{number}/holders"))
         except FileNotFoundError:
             stacked = 0
-        return stacked + self._mounts[number]
+        # A loop device on a block device is no `holder` in sysfs
+        return stacked + len(self._nodes.get(node, ())) + self._mounts[number]
 
 
 def _find_among(file: Path, nodes: list[Path]) -> Path | None:

@@ -129,7 +129,7 @@ class EmbeddedPoolClient:
             if entry.state is Activation.SUSPENDED:
                 next_state(name, entry.state, Event.DEACTIVATE)
             node = attachment.find(self._paths.exported(name))
-            if node is not None and not attachment.detach(node):
+            if node is not None and not attachment.detach(node, patient=not deferred):
                 if not deferred:
                     raise _busy(name, node)
                 return self._defer(name, node)
