@@ -17,10 +17,11 @@ from devmapper.deviceset.base import ensure_base
 from devmapper.deviceset.devinfo import DevInfo, MetaData
 from devmapper.deviceset.names import LayerId, file_name, internal_layer_id, layer_id
 from devmapper.deviceset.options import Options, parse_options
-from devmapper.deviceset.pool import PoolFiles
+from devmapper.deviceset.pool import ActivePool, PoolFiles
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.requirements import check_engine
 from devmapper.deviceset.session import Graph
+from devmapper.deviceset.setup_config import with_given_pool
 from devmapper.deviceset.shutdown import release_devices
 from devmapper.deviceset.status import (
     DevStatus,
@@ -71,8 +72,11 @@ class DeviceSet:
         self._home = Path(home).absolute()
         self._engine = engine
         self._prepare_home(create=do_init)
+        chosen = with_given_pool(self._home, chosen)
         self._graph = Graph(self._home, chosen, checkpoint)
-        self._files = PoolFiles(self._home, self._graph.names.pool, chosen, checkpoint)
+        self._files = PoolFiles(
+            self._home, self._graph.names.pool, chosen, self._graph.store, checkpoint
+        )
         self._mounts = LayerMounts(self._graph)
         with self._graph.lock.hold():
             self._open(do_init=do_init)
@@ -228,10 +232,20 @@ class DeviceSet:
         with self._graph.lock.hold():
             yield
 
-    def resize_pool(self, size: int) -> None:
-        """Let the loop file of data, and the pool with it, grow to *size* bytes."""
+    def resize_pool(self, size: int | None = None, *, metadata_size: int | None = None) -> None:
+        """Let the pool grow while it is in use; it cannot shrink (`UsageError`).
+
+        Sizes in bytes, of data and of metadata.  A loop file grows to the size that is given.  A
+        device has been enlarged before: without a size the pool takes all of it (moby ResizePool:
+        data in loop files only).  Durable when it returns; after a crash amid it the same call, or
+        the next start, completes it.
+        """
         with self._graph.session() as session:
-            self._files.grow(session.pool, Bytes(size))
+            self._files.grow(
+                session.pool,
+                None if size is None else Bytes(size),
+                None if metadata_size is None else Bytes(metadata_size),
+            )
 
     def dm_log(self, level: int, file: str, line: int, dm_error: int, message: str) -> None:
         """Where libdevmapper's own messages go: to the log, and errors only if they are fatal."""
@@ -252,7 +266,7 @@ class DeviceSet:
         self._mounts.forget()
         release_devices(pool)
         with self._graph.lock.hold():
-            self._engine.deactivate_pool(self._graph.names.pool)
+            self._files.let_go(self._engine)
         self._graph.close()
 
     def close(self) -> None:
@@ -274,17 +288,17 @@ class DeviceSet:
 
     def _open(self, *, do_init: bool) -> None:
         self._graph.store.prepare()
-        pool, activated = self._activate(create=do_init)
+        active = self._activate(create=do_init)
         try:
-            session = self._graph.adopt(pool)
+            session = self._graph.adopt(active.pool)
             if do_init:
-                ensure_base(session, self._graph.options, verify=activated)
+                ensure_base(session, self._graph.options, verify=active.verify)
         except Exception:
-            if activated:
+            if active.activated:
                 self._let_go_again()
             raise
 
-    def _activate(self, *, create: bool) -> tuple[ThinPool, bool]:
+    def _activate(self, *, create: bool) -> ActivePool:
         return self._files.activate(
             self._engine,
             create=create,
@@ -300,7 +314,7 @@ class DeviceSet:
 
     def _let_go_again(self) -> None:
         try:
-            self._engine.deactivate_pool(self._graph.names.pool)
+            self._files.let_go(self._engine)
         except (DevmapperError, OSError) as err:
             log.warning("pool %s stays active: %s", self._graph.names.pool, err)
 
