@@ -7,6 +7,7 @@ import typer
 from devmapper.cli.output import pairs, show
 from devmapper.cli.settings import (
     Settings,
+    own_pool,
     require_graph,
     require_root,
     settings_of,
@@ -93,10 +94,9 @@ def _engine(settings: Settings) -> "tuple[Engine, str]":
     """The engine and the name of the graph's pool; nothing is started."""
     require_root()
     require_graph(settings)
-    from devmapper.deviceset.names import GraphNames
     from devmapper.engine.select import choose_engine
 
-    return choose_engine(settings.engine), GraphNames.of(settings.root).pool
+    return choose_engine(settings.engine), own_pool(settings)[1]
 
 
 def _process(pool: str) -> tuple[int | None, str]:

@@ -49,11 +49,10 @@ _FILE_SYSTEMS: Final = frozenset(
 )
 
 
-def set_up(home: Path, options: Options, before: Callable[[], None]) -> bool:
+def set_up(home: Path, options: Options, *, has_layers: Callable[[], bool]) -> bool:
     """Make the pool that *options* ask for, unless it was made before; whether it was made now.
 
-    Call under the graph's lock: nobody can work on the graph before it has a pool.  *before* is
-    called first if there is something to do.
+    Call under the graph's lock: nobody can work on the graph before it has a pool.
     """
     wanted = SetupConfig.of(options)
     if wanted is None:
@@ -62,7 +61,11 @@ def set_up(home: Path, options: Options, before: Callable[[], None]) -> bool:
     if stored is not None:
         setup_config.check_unchanged(stored, wanted)
         return False
-    before()
+    if has_layers():
+        raise PoolMismatch(
+            f"graph {str(home)!r} has layers in a pool of its own already",
+            hint="a disk can become the pool of a new graph only",
+        )
     disk = wanted.effective()._replace(force=options.directlvm_device_force)
     _check_tools()
     _remove_unfinished(disk.device)

@@ -11,7 +11,7 @@ from devmapper.deviceset.names import BASE
 from devmapper.deviceset.records import RecordStore
 from devmapper.engine.port import Engine, ThinPool
 from devmapper.errors import EnvironmentLacking, PoolMismatch, PoolNotFound, ToolError
-from devmapper.linux import disks, lvm
+from devmapper.linux import disks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +75,8 @@ def _check_lvm(name: str) -> None:
 
     From then on it would refuse to activate the pool (LVM: libdm/libdm-deptree.c).
     """
+    from devmapper.linux import lvm  # a pool is taken over once, and opened often
+
     volume = lvm.volume_of(name)
     if volume is None:
         return
@@ -96,5 +98,7 @@ def _check_lvm(name: str) -> None:
 
 
 def _volume(name: str) -> str:
+    from devmapper.linux import lvm
+
     volume = lvm.volume_of(name)
     return "/".join(volume) if volume else name

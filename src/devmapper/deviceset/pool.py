@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from devmapper.deviceset import direct_lvm, pool_devices
+from devmapper.deviceset import pool_devices
 from devmapper.deviceset.backing import Backing
 from devmapper.deviceset.given_pool import check_empty, find_given_pool, has_begun
 from devmapper.deviceset.growth import PoolGrowth, Wanted
@@ -133,8 +133,10 @@ class PoolFiles:
         has_layers: Callable[[], bool],
     ) -> ActivePool:
         before()
-        if create and not has_layers():
-            direct_lvm.set_up(self._home, self._options, lambda: None)
+        if create and self._options.directlvm_device is not None:
+            from devmapper.deviceset import direct_lvm  # LVM is asked once, a graph opened often
+
+            direct_lvm.set_up(self._home, self._options, has_layers=has_layers)
         pool = find_given_pool(engine, self.name, self._store)
         _check_block_size(self._options.block_size, pool.table().block_size)
         # Nobody tells when it was activated; while none of its devices is active, it may be anew

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from devmapper.linux import blockdev, holders, loop, mount, process
+from devmapper.linux import blockdev, holders, loop, mount
 from devmapper.linux.blockdev import opened
 
 _SYSFS: Final = Path("/sys/dev/block")
@@ -29,6 +29,8 @@ class Signature(NamedTuple):
 
 def signatures(path: Path) -> list[Signature]:
     """Everything that libblkid finds on a device or in a file; `ToolError` if it cannot be read."""
+    from devmapper.linux import process  # a pool is made once, and opened often
+
     done = process.run(
         ["wipefs", "--noheadings", "--output", "OFFSET,TYPE", "--", str(path)]
     ).stdout.decode(errors="replace")
