@@ -122,9 +122,9 @@ def test_the_kernel_grows_and_we_go_on_and_back(table):
         assert (status.total_metadata_blocks, status.total_data_blocks) == (80 * MIB // 4096, 512)
         os.truncate(table.metadata_device, 160 * MIB)
         pool.resize(grown)
-        with pool.open_device(ONE, SIZE) as device:
-            assert read(device, 0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
-            write(device, 2 * BLOCK, b"c" * BLOCK)
+        with pool.open_device(ONE, SIZE) as thin:
+            assert read(thin, 0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
+            write(thin, 2 * BLOCK, b"c" * BLOCK)
     assert_clean(grown)
     with kernel_pool(grown):
         assert totals() == (160 * MIB // 4096, 512, "rw")

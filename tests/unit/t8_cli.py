@@ -98,6 +98,14 @@ WRONG = [
     (["import", "a/b", "-"], "contains '/'"),
     (["pool", "resize", "-5G"], "no such option"),
     (["pool", "resize", "much"], "size 'much' is not a number"),
+    (["pool", "resize", "--metadata", "much"], "size 'much' is not a number"),
+    (["pool", "create"], "--device"),
+    (["pool", "create", "--device", "/dev/x", "--data-percent", "90"], "need each other"),
+    (
+        ["pool", "create", "--device", "/dev/x", "--data-percent", "99", "--metadata-percent=2"],
+        "at most 100%",
+    ),
+    (["pool", "create", "--device", "/dev/x", "--autoextend-threshold", "x"], "from 0 to 100"),
     (["--engine", "steam", "ls"], "engine 'steam' is none of auto, kernel, embedded"),
     (["--root", "", "ls"], "root '' is not a directory"),
 ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from devmapper.deviceset.status import DiskUsage
     from devmapper.thin.damage import CheckReport, Damage
 
-app = typer.Typer(help="Make the pool of a disk, look at it, check it, dump it, enlarge it.")
+app = typer.Typer(help="Make, look at, check, dump, enlarge the pool.")
 
 MetadataFile = Annotated[
     str,
