@@ -11,16 +11,20 @@ import devmapper
 from devmapper.deviceset import direct_lvm
 from devmapper.deviceset.names import GraphNames
 from devmapper.driver import Driver
-from devmapper.engine.port import Engine
+from devmapper.engine.embedded.pool import EmbeddedPool
+from devmapper.engine.port import Engine, PoolTable
 from devmapper.engine.select import choose_engine
 from devmapper.errors import (
+    DeviceBusy,
     DevmapperError,
+    PoolBusy,
     PoolMismatch,
     PoolNotFound,
     UsageError,
 )
 from devmapper.linux import blockdev, disks, loop, lvm, process
-from devmapper.units import GIB, MIB
+from devmapper.units import GIB, MIB, Bytes
+from tests.support.local_engine import LocalEngine
 from tests.support.thin_tools import thin_check
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel, pytest.mark.tools]
@@ -186,6 +190,21 @@ class TestLoopFiles:
             assert driver.devices.status().mode == "rw"
             assert driver.devices.status().data.total == 64 * MIB
             use(driver, "one")
+            driver.cleanup()
+
+    def test_one_engine_at_a_time(self, home, engine):
+        """Docker's pool may be active while our embedded engine is asked, and the reverse."""
+        with open_graph(home, engine) as driver:
+            use(driver, "one")
+            files = {name: home / "devicemapper" / name for name in ("data", "metadata")}
+            with pytest.raises(DeviceBusy, match="loop"):
+                devmapper.init(home, GRAPH, engine=LocalEngine())
+            driver.cleanup()
+        table = PoolTable(files["metadata"], files["data"], Bytes(64 * MIB), Bytes(64 * 1024))
+        with EmbeddedPool.open(table), pytest.raises(PoolBusy):
+            open_graph(home, engine)
+        with open_graph(home, engine) as driver:
+            assert read(driver, "one", "one") == "one"
             driver.cleanup()
 
 

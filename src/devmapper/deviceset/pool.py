@@ -14,8 +14,8 @@ from devmapper.deviceset.pool_devices import Named
 from devmapper.deviceset.records import RecordStore
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.engine.port import Engine, PoolTable, ThinPool
-from devmapper.errors import PoolMismatch, UsageError
-from devmapper.linux import blockdev
+from devmapper.errors import DeviceBusy, DevmapperError, PoolMismatch, UsageError
+from devmapper.linux import blockdev, disks
 from devmapper.linux.files import allocated_bytes
 from devmapper.thin.format import Superblock
 from devmapper.units import SECTOR_SIZE, Bytes, data_block_size
@@ -84,14 +84,15 @@ class PoolFiles:
             self._growth(active).catch_up()
             return ActivePool(active, activated=False, verify=False)
         before()
+        self._check_nobody_has_the_files(engine)
         pool = engine.activate_pool(self.name, self._prepare(has_layers, create=create))
         self._checkpoint(Step.POOL_ACTIVATED)
         try:
             self._growth(pool).catch_up()
             if self._named() and not has_begun(self._store):
                 check_empty(pool)
-        except Exception:
-            engine.deactivate_pool(self.name)
+        except Exception as err:
+            self._let_go_after(engine, err)
             raise
         return ActivePool(pool, activated=True, verify=True)
 
@@ -123,6 +124,29 @@ class PoolFiles:
         """Deactivate the pool; one that was given stays active."""
         if not self.is_given:
             engine.deactivate_pool(self.name)
+
+    def _let_go_after(self, engine: Engine, failure: Exception) -> None:
+        try:
+            engine.deactivate_pool(self.name)
+        except (DevmapperError, OSError) as err:
+            failure.add_note(f"pool {self.name} stays active: {err}")
+
+    def _check_nobody_has_the_files(self, engine: Engine) -> None:
+        """One engine at a time: the kernel knows nothing of the other's locks, and the reverse.
+
+        `DeviceBusy` for a loop file below a device that is in use, such as the pool of a Docker
+        that runs; `PoolBusy` for one that an embedded engine has open.
+        """
+        for half in (self.data, self.metadata):
+            if half.loop_file is not None and half.loop_file.exists():
+                users = disks.users(half.loop_file)
+                if users:
+                    raise DeviceBusy(half.loop_file, users)
+        if engine.features().name == "kernel" and self.metadata.device.exists():
+            from devmapper.engine.embedded.device_lock import device_lock
+
+            with device_lock(self.metadata.device):
+                pass
 
     def _take_given(
         self,
