@@ -48,19 +48,4 @@ def tools() -> str:
     return ""
 
 
-@functools.cache
-def kernel() -> str:
-    """The kernel's device mapper with thin provisioning."""
-    try:
-        os.close(os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as err:
-        return f"/dev/mapper/control: {err.strerror}"
-    return ""
-
-
-PROBES: Final[dict[str, Callable[[], str]]] = {
-    "root": root,
-    "fuse": fuse,
-    "kernel": kernel,
-    "tools": tools,
-}
+PROBES: Final[dict[str, Callable[[], str]]] = {"root": root, "fuse": fuse, "tools": tools}
