@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from devmapper.cli import main
 from devmapper.deviceset import direct_lvm, setup_config
 from devmapper.deviceset.direct_lvm import PROFILE, PROFILE_DIRECTORY
 from devmapper.deviceset.given_pool import find_given_pool
@@ -120,6 +121,19 @@ def test_the_graph_uses_its_pool_without_further_options(home, disk):
     assert setup_config.with_given_pool(home, other).thin_pool_device == "mine"
 
 
+def test_the_command(home, disk, capsys):
+    words = ["--root", str(home), "--json", "--engine", "kernel", "pool", "create"]
+    assert main.run([*words, "--device", str(disk), "--autoextend-threshold", "70"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made == {"name": "docker-thinpool", "device": str(disk), "made": True}
+    assert "thin-pool" in table()
+    assert main.run([*words, "--device", str(disk), "--autoextend-threshold", "70"]) == 0
+    assert json.loads(capsys.readouterr().out)["made"] is False
+    assert main.run([*words, "--device", str(disk)]) == PoolMismatch.exit_code
+    assert main.run([*words[:-2], "engine", "stop"]) == 0  # the pool is LVM's and stays
+    assert "thin-pool" in table()
+
+
 def test_a_graph_with_layers_keeps_its_pool(home, disk):
     options = parse_options([f"dm.directlvm_device={disk}"])
     with pytest.raises(PoolMismatch, match="has layers"):
@@ -190,7 +204,7 @@ class TestWhatIsNoDisk:
             assert "read-only" in refuse(home, device, EnvironmentLacking)
 
 
-@pytest.mark.parametrize("program", ["vgcreate", "lvcreate", "lvconvert", "lvchange"])
+@pytest.mark.parametrize("program", ["vgcreate", "lvconvert", "lvchange"])
 def test_a_step_that_fails_is_undone_with_all_before_it(home, disk, program, monkeypatch):
     run = lvm.run
 
@@ -221,7 +235,7 @@ class Killed(BaseException):
     """SIGKILL amid a set-up: nothing is undone."""
 
 
-@pytest.mark.parametrize("program", ["lvcreate", "lvconvert", "lvchange"])
+@pytest.mark.parametrize("program", ["lvcreate", "lvchange"])
 def test_a_set_up_that_was_killed_is_begun_anew(home, disk, program, monkeypatch):
     run = lvm.run
 

@@ -360,6 +360,8 @@ class DeviceSet:
         try:
             table = self._graph.pool.table()
         except (DevmapperError, OSError):
+            if self._files.is_given:
+                return PoolPaths("", "", "", "")
             table = self._files.table()
         return PoolPaths(
             str(table.data_device),

@@ -76,11 +76,8 @@ def users(path: Path) -> list[str]:
     the loop devices on it.
     """
     if not blockdev.is_block_device(path):
-        return [
-            f"loop device {str(node)!r}"
-            for node in loop.find_by_backing_file(path)
-            if loop.is_open_exclusively(node)
-        ]
+        nodes = loop.find_by_backing_file(path)
+        return [f"loop device {str(node)!r}" for node in nodes if _is_claimed(node)]
     try:
         with opened(path, os.O_RDONLY | os.O_EXCL):
             pass
@@ -104,6 +101,15 @@ def dm_uuid(name: str) -> str | None:
                 if (entry / "dm/name").read_text(encoding="utf-8").rstrip("\n") == name:
                     return (entry / "dm/uuid").read_text(encoding="ascii").rstrip("\n")
     return None
+
+
+def _is_claimed(node: Path) -> bool:
+    try:
+        return loop.is_open_exclusively(node)
+    except OSError as err:
+        if err.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            return False  # detached meanwhile
+        raise
 
 
 def _users_of_partitions(path: Path) -> list[str]:
