@@ -1,6 +1,9 @@
 """Pools of a graph on the kernel's device mapper: found, taken over, refused, found again."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import devmapper
 from devmapper.deviceset import direct_lvm
 from devmapper.deviceset.names import GraphNames
+from devmapper.deviceset.steps import Step
 from devmapper.driver import Driver
 from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.port import Engine, PoolTable
@@ -37,6 +41,21 @@ GRAPH = (
     "dm.override_udev_sync_check=true",
 )
 GIVEN = "pstest-given"  # a pool that the administrator made
+
+
+KILLED_WHILE_IT_GROWS = """
+import os
+from devmapper.deviceset.deviceset import DeviceSet
+from devmapper.engine.select import choose_engine
+
+def checkpoint(step):
+    if step == {step!r}:
+        os.kill(os.getpid(), 9)
+
+engine = choose_engine("kernel")
+graph = DeviceSet({home!r}, {options!r}, engine=engine, checkpoint=checkpoint)
+graph.resize_pool(128 << 20, metadata_size=80 << 20)
+"""
 
 
 @pytest.fixture
@@ -180,6 +199,28 @@ class TestLoopFiles:
             status = driver.devices.status()
             assert (status.data.total, status.metadata.total) == (96 * MIB, 8 * MIB)
             driver.cleanup()
+
+    @pytest.mark.parametrize(
+        "step",
+        [Step.METADATA_FILE_GROWN, Step.METADATA_GROWN, Step.DATA_FILE_GROWN, Step.DATA_GROWN],
+    )
+    def test_killed_while_it_grows(self, home, engine, step):
+        with open_graph(home, engine) as driver:
+            use(driver, "one")
+        script = KILLED_WHILE_IT_GROWS.format(home=str(home), options=GRAPH, step=str(step))
+        done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+        assert done.returncode == -signal.SIGKILL
+        with open_graph(home, engine) as driver:
+            assert all("SUSPENDED" not in dmsetup("info", name) for name in active())
+            status = driver.devices.status()
+            sizes = [(home / "devicemapper" / half).stat().st_size for half in ("data", "metadata")]
+            assert [status.data.total, status.metadata.total] == sizes
+            assert sizes[1] == 80 * MIB
+            driver.devices.resize_pool(128 * MIB, metadata_size=80 * MIB)
+            assert driver.devices.status().data.total == 128 * MIB
+            assert read(driver, "one", "one") == "one"
+            driver.cleanup()
+        assert thin_check(home / "devicemapper" / "metadata")
 
     def test_data_beyond_what_metadata_have_room_for_are_refused_and_the_pool_stays_writable(
         self, home, engine
