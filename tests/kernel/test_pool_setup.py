@@ -313,6 +313,27 @@ class TestNamedDevices:
                 assert read(driver, "one", "one") == "one"
                 driver.cleanup()
 
+    def test_a_disk_that_takes_no_writes_at_the_first_start(self, home, engine, tmp_path):
+        """The kernel turns the pool read-only; once the disk is well and was checked, all is."""
+        with devices(tmp_path) as (data, metadata):
+            size = blockdev.size(data) // 512
+            bad = f"0 {size} flakey {data} 0 0 3600 1 error_writes"
+            with mapped("pstest-flakey", bad) as node:
+                options = named(node, metadata)
+                before = active(), loop.attached_devices()
+                with pytest.raises((DevmapperError, OSError)):
+                    open_graph(home, engine, *options)
+                assert (active(), loop.attached_devices()) == before
+                dmsetup("suspend", "pstest-flakey")
+                dmsetup("load", "pstest-flakey", "--table", f"0 {size} linear {data} 0")
+                dmsetup("resume", "pstest-flakey")
+                process.run(["thin_check", "--clear-needs-check-flag", str(metadata)])
+                with open_graph(home, engine, *options) as driver:
+                    use(driver, "one")
+                    assert read(driver, "one", "one") == "one"
+                    assert list(driver.devices.inconsistencies()) == []
+                    driver.cleanup()
+
     def test_a_disk_that_dies_while_it_is_used(self, home, engine, tmp_path):
         """Writes fail with an error; the pool can be let go of, and comes back with the disk."""
         with devices(tmp_path) as (data, metadata), ExitStack() as undo:
