@@ -7,6 +7,7 @@ packages=(
   python3-venv            # ensurepip, where Debian's own Python is used
   e2fsprogs xfsprogs      # mkfs of layers
   util-linux mount fdisk  # losetup, fstrim, blkdiscard, blkid for the tests
+  lvm2 dmsetup            # a disk becomes a pool; the tables of the kernel tests
   thin-provisioning-tools # thin_check, thin_dump, thin_restore: the oracle of the tests
   fio qemu-utils          # verify under load; the peer of the benchmark
   user-mode-linux kmod    # a kernel with dm-thin as a process, for the tests; modprobe in it

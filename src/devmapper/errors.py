@@ -20,6 +20,7 @@
     │   ├── ThinIdsExhausted               23
     │   ├── ThinBusy                       12   a thin device that is active or open
     │   ├── PoolBusy                   12   a pool that another process has open
+    │   ├── DeviceBusy                     12   a device for a pool that somebody else uses
     │   ├── PoolMismatch                   25   sizes or identity differ from what is on disk
     │   └── TransactionConflict            24
     ├── IntegrityError
@@ -241,6 +242,20 @@ class PoolBusy(PoolError):
         )
         self.metadata_device = metadata_device
         self.holder = holder
+
+
+class DeviceBusy(PoolError):
+    """A device that was named for a pool belongs to somebody else; *users* says to whom."""
+
+    exit_code = 12
+
+    def __init__(self, device: Path, users: Sequence[str]) -> None:
+        super().__init__(
+            f"device {str(device)!r} is in use: {', '.join(users)}",
+            hint="a pool's devices belong to it alone: name others, or stop what uses them",
+        )
+        self.device = device
+        self.users = tuple(users)
 
 
 class PoolMismatch(PoolError):

@@ -18,6 +18,7 @@ MAX_THIN_ID: Final = 0xFFFFFF
 MIN_DATA_BLOCK_SIZE: Final = Bytes(64 * 1024)  # DATA_DEV_BLOCK_SIZE_MIN_SECTORS
 MAX_DATA_BLOCK_SIZE: Final = Bytes(1024**3)  # DATA_DEV_BLOCK_SIZE_MAX_SECTORS
 MAX_METADATA_SIZE: Final = Bytes(255 * ((4096 - 16) * 4) * 4096)  # THIN_METADATA_MAX_SECTORS
+MAX_METADATA_DEVICE: Final = Bytes(16 * 1024**3)  # what may be given; the rest stays unused
 KIB: Final = 1024
 MIB: Final = 1024**2
 GIB: Final = 1024**3

@@ -24,9 +24,10 @@ from devmapper.errors import (
     LayerNotFound,
     LayerNotMounted,
     MountFailed,
+    PoolMismatch,
     UsageError,
 )
-from devmapper.linux import mount
+from devmapper.linux import loop, mount
 from devmapper.units import MIB
 from tests.conformance.graphdriver_base import GRAPH, clean_up
 from tests.conformance.removal_cases import RemovalCases
@@ -437,6 +438,59 @@ class GraphDriverSuite(RemovalCases, SizesAndMounts):
         driver.devices.resize_pool(400 * MIB)
         assert driver.devices.status().data.total == 400 * MIB
         driver.put("one")
+
+    def test_metadata_grow_while_a_layer_is_mounted(self, driver):
+        driver.create("one")
+        path = Path(driver.get("one")) / "file"
+        path.write_bytes(b"kept" * 100_000)
+        driver.devices.resize_pool(400 * MIB, metadata_size=300 * MIB)
+        status = driver.devices.status()
+        assert (status.data.total, status.metadata.total) == (400 * MIB, 300 * MIB)
+        assert path.read_bytes() == b"kept" * 100_000
+        driver.create("two", "one")
+        driver.put("one")
+
+    def test_loop_files_grow_at_a_start_with_larger_options(self, driver):
+        driver.create("one")
+        larger = ("dm.loopdatasize=400M", "dm.loopmetadatasize=300M")
+        with self.open(driver.home, *larger) as again:  # its pool is active
+            status = again.devices.status()
+            assert (status.data.total, status.metadata.total) == (400 * MIB, 300 * MIB)
+        driver.cleanup()
+        with self.open(driver.home, "dm.loopdatasize=500M") as again:
+            assert again.devices.status().data.total == 500 * MIB
+            again.cleanup()
+
+    def test_a_graph_on_devices_of_the_users_own(self, tmp_path):
+        files = [tmp_path / name for name in ("data", "metadata")]
+        for file, size in zip(files, (300 * MIB, 200 * MIB), strict=True):
+            file.touch()
+            os.truncate(file, size)
+        home = tmp_path / "graph"
+        with loop.attached(files[0]) as data, loop.attached(files[1]) as metadata:
+            options = (f"dm.datadev={data}", f"dm.metadatadev={metadata}")
+            with self.open(home, *options) as driver:
+                driver.create("one")
+                (Path(driver.get("one")) / "file").write_text("kept")
+                for file in files:
+                    os.truncate(file, 400 * MIB)
+                loop.set_capacity(data)
+                loop.set_capacity(metadata)
+                driver.devices.resize_pool()
+                status = driver.devices.status()
+                assert (status.data.total, status.metadata.total) == (400 * MIB, 400 * MIB)
+                assert (status.data_loopback, status.metadata_loopback) == ("", "")
+                driver.put("one")
+                driver.cleanup()
+            # As after a reboot: nothing is active
+            with self.open(home, *options) as driver:
+                assert (Path(driver.get("one")) / "file").read_text() == "kept"
+                assert driver.devices.status().data.total == 400 * MIB
+                driver.put("one")
+                driver.cleanup()
+            with pytest.raises(PoolMismatch, match="does not exist"):
+                self.open(home)
+        assert not (home / "devicemapper").exists()
 
     def test_the_home_is_private_while_a_layer_is_mounted(self, driver):
         driver.create("one")

@@ -1,4 +1,4 @@
-"""A crash at every step of making a graph, making a layer, letting it grow, and deleting one.
+"""A crash at every step: of making a graph, making, growing and deleting a layer, growing the pool.
 
 The steps come from the code (`Step`), so that a new one without a place here fails a test.  Each is
 tried with a pool that commits as late as it may, with one that commits after every message, and
@@ -55,7 +55,15 @@ SIZED_CREATION = [*CREATION, Step.LAYER_GROWN, Step.LAYER_COMPLETED]
 BASE_GROWTH = [Step.BASE_SIZE_RECORDED, Step.BASE_GROWN, Step.BASE_GROWTH_RECORDED]
 PUT_OFF = [Step.LAYER_DOOMED, Step.REMOVAL_DEFERRED]
 MIGRATION = [Step.LAYER_MIGRATED, Step.LAYER_MIGRATED, Step.LAYER_MIGRATED, Step.LEGACY_MIGRATED]
+GROWTH = [
+    Step.METADATA_FILE_GROWN,
+    Step.METADATA_GROWN,
+    Step.DATA_FILE_GROWN,
+    Step.DATA_GROWN,
+]
 RECOVERY = [Step.RECOVERED_THIN, Step.RECOVERED_RECORD, Step.RECOVERED]
+
+LARGER = 8 * MIB
 
 POOLS = ["late commit", "early commit", "engine lives on"]
 
@@ -91,9 +99,12 @@ class Machine:
             devices = open_small(home, self.engine, *options, checkpoint=crash)
             with pytest.raises(SimulatedCrash):
                 operation(devices)
+        self.lose_power()
+        return crash.seen
+
+    def lose_power(self) -> None:
         if not self._lives_on:
             self.engine.crash()
-        return crash.seen
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +138,7 @@ def check_grown(devices: DeviceSet, layer: str, size: int) -> None:
 
 
 def test_every_step_of_the_code_is_crashed_at():
-    creations = {*FIRST_START, *CREATION, *SIZED_CREATION, *BASE_GROWTH}
+    creations = {*FIRST_START, *CREATION, *SIZED_CREATION, *BASE_GROWTH, *GROWTH}
     assert {*creations, *DELETION, *PUT_OFF, *MIGRATION, *RECOVERY} == set(Step)
 
 
@@ -145,11 +156,13 @@ def test_the_operations_pass_these_steps_and_no_others(tmp_path):
     seen.seen.clear()
     devices.add_device("large", "", size=16 * MIB)
     assert seen.seen == SIZED_CREATION
+    seen.seen.clear()
+    grow(devices)
+    assert seen.seen == GROWTH
     devices.shutdown()
     seen.seen.clear()
     with open_small(tmp_path, engine, "dm.basesize=16M", checkpoint=seen) as devices:
-        before = [Step.DATA_FILE_MADE, Step.METADATA_FILE_MADE, Step.POOL_ACTIVATED]
-        assert seen.seen == [*before, *BASE_GROWTH]
+        assert seen.seen == [Step.POOL_ACTIVATED, *BASE_GROWTH]
         devices.shutdown()
 
 
@@ -260,6 +273,50 @@ def test_migration_of_the_legacy_file(graph, machine, step, nth):
         check_consistent(graph, devices)
         devices.add_device("three", "two")
         check_consistent(graph, devices)
+
+
+def grow(devices: DeviceSet) -> None:
+    devices.resize_pool(LARGER, metadata_size=LARGER)
+
+
+def check_size(home: Path, devices: DeviceSet) -> tuple[int, int]:
+    """The pool has what its files have; returns the sizes of data and metadata."""
+    folder = home / "devicemapper"
+    data, metadata = ((folder / name).stat().st_size for name in ("data", "metadata"))
+    status = devices.pool.status()
+    assert status.total_data_blocks * status.block_size == data
+    assert status.total_metadata_blocks * 4096 == metadata
+    check_consistent(home, devices)
+    return data, metadata
+
+
+@pytest.mark.parametrize("step", GROWTH)
+def test_growth(graph, machine, step):
+    """The next start completes what has begun, and the same call the rest."""
+    machine.crash(graph, step, grow)
+    reached = GROWTH.index(step)
+    with open_small(graph, machine.engine) as devices:
+        data, metadata = check_size(graph, devices)
+        assert metadata == LARGER
+        assert data == (LARGER if reached >= GROWTH.index(Step.DATA_FILE_GROWN) else 4 * MIB)
+        grow(devices)
+        assert check_size(graph, devices) == (LARGER, LARGER)
+        devices.add_device("three", "two")
+        check_consistent(graph, devices)
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("step", [Step.METADATA_FILE_GROWN, Step.DATA_FILE_GROWN])
+def test_growth_by_option_at_a_start(graph, machine, step, running):
+    larger = [f"dm.loopdatasize={LARGER}", f"dm.loopmetadatasize={LARGER}"]
+    if running:
+        open_small(graph, machine.engine).close()
+    crash = CrashAt(step)
+    with pytest.raises(SimulatedCrash):
+        open_small(graph, machine.engine, *larger, checkpoint=crash)
+    machine.lose_power()
+    with open_small(graph, machine.engine, *larger) as devices:
+        assert check_size(graph, devices) == (LARGER, LARGER)
 
 
 @pytest.mark.parametrize("again", RECOVERY)

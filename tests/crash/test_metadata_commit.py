@@ -110,6 +110,73 @@ def test_a_crash_while_formatting_leaves_a_blank_device_or_a_pool() -> None:
     assert kinds == {True, False}
 
 
+GROWN_BLOCKS = 2 * layout.ENTRIES_PER_BITMAP + 300  # three bitmaps of metadata instead of one
+
+
+def fill(pool: PoolMetadata, rng: random.Random) -> None:
+    while True:
+        change(pool, rng, 1)
+        pool.release_data_blocks(pool.commit())
+
+
+@pytest.fixture(scope="module")
+def growth() -> tuple[Image, Groups, Image]:
+    """A pool whose metadata are as good as full grows by both devices and is used at once."""
+    rng = random.Random(7)
+    device = RecordingDevice(200)
+    pool = PoolMetadata.format(device, data_block_size=BLOCK, nr_data_blocks=9000)
+    pool.create_thin(ThinId(1))
+    with pytest.raises(errors.PoolFull, match="metadata"):
+        fill(pool, rng)
+    pool.abort()
+    device.nr_blocks = GROWN_BLOCKS
+    before, device.groups = device.image(), [[]]
+    pool.resize_metadata(GROWN_BLOCKS)
+    pool.resize_data(40_000)
+    for step in (1, 3, 4, 5):
+        change(pool, rng, step)
+    pool.commit()
+    return before, device.groups, device.image()
+
+
+def grown_state(image: Image) -> tuple[object, ...]:
+    device = RecordingDevice.of(image, GROWN_BLOCKS)
+    audit = Audit(device)
+    with PoolMetadata.open(device, data_block_size=BLOCK) as pool:
+        sizes = pool.nr_metadata_blocks, pool.nr_data_blocks
+        return audit.contents, audit.details, pool.transaction_id, sizes
+
+
+def test_a_crash_amid_growth_leaves_the_old_size_or_the_new_one(growth):
+    before, groups, after = growth
+    allowed = [grown_state(before), grown_state(after)]
+    assert [found[3] for found in allowed] == [(200, 9000), (GROWN_BLOCKS, 40_000)]
+    seen = set()
+    for image in crash_images(before, groups, seed=21, subsets=30):
+        found = grown_state(image)
+        assert found in allowed
+        seen.add(found[3])
+        device = RecordingDevice.of(image, GROWN_BLOCKS)
+        with PoolMetadata.open(device) as pool:  # the next start completes it
+            pool.resize_metadata(GROWN_BLOCKS)
+            pool.resize_data(40_000)
+            change(pool, random.Random(1), 3)
+            pool.commit()
+            Audit(device)
+            assert (pool.nr_metadata_blocks, pool.nr_data_blocks) == (GROWN_BLOCKS, 40_000)
+    assert len(seen) == 2
+
+
+@pytest.mark.tools
+def test_growth_changes_nothing_but_the_size_for_the_peers(growth, tmp_path):
+    before, groups, after = growth
+    path = tmp_path / "metadata"
+    for image in (*crash_images(before, groups, seed=2, subsets=2), after):
+        path.write_bytes(save(image, GROWN_BLOCKS))
+        checked = thin_check(path)
+        assert checked, checked.output
+
+
 class FailingDevice(MemoryDevice):
     """Fails the n-th write or flush from now on, once."""
 

@@ -196,6 +196,9 @@ def test_pool_grows_while_a_layer_is_mounted(dm):
     after = dm("--json", "pool", "resize", "2G").json["data"]["total"]
     assert (before, after) == (1 << 30, 2 << 30)
     assert "cannot shrink" in dm.fails(2, "pool", "resize", "1G")
+    assert "loop files" in dm.fails(2, "pool", "resize")
+    grown = dm("--json", "pool", "resize", "--metadata", "3G").json
+    assert (grown["data"]["total"], grown["metadata"]["total"]) == (2 << 30, 3 << 30)
     dm("put", "a")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from devmapper.engine.embedded.opening import grow
 from devmapper.engine.port import (
     Activation,
     DeviceInfo,
@@ -42,7 +43,7 @@ class LocalPool:
         self.opened: set[str] = set()  # the same, by what no engine can see: a program's open
         self.broken: dict[str, Exception] = {}  # what a method raises instead of doing its work
         self.suspensions: list[str] = []
-        device = FileDevice.open(table.metadata_device)
+        self._device = device = FileDevice.open(table.metadata_device)
         blocks = table.data_size // table.block_size
         if is_blank(device):
             self._metadata = PoolMetadata.format(
@@ -50,9 +51,8 @@ class LocalPool:
             )
         else:
             self._metadata = PoolMetadata.open(device, data_block_size=table.block_size)
-            if blocks > self._metadata.nr_data_blocks:
-                self._metadata.resize_data(blocks)
-                self._metadata.commit()
+            grow(self._metadata, device, blocks)
+            self._metadata.commit()
 
     def table(self) -> PoolTable:
         return self._table
@@ -124,7 +124,7 @@ class LocalPool:
         self._metadata.release_data_blocks(self._metadata.commit())
 
     def resize(self, table: PoolTable) -> None:
-        self._metadata.resize_data(table.data_size // table.block_size)
+        grow(self._metadata, self._device, table.data_size // table.block_size)
         self._table = table
         self.commit()
 

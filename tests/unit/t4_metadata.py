@@ -151,6 +151,19 @@ class Model(RuleBasedStateMachine):
         else:
             self.pool.release_metadata_snap()
 
+    @rule(more=st.sampled_from([1, 100, layout.ENTRIES_PER_BITMAP, 2 * layout.ENTRIES_PER_BITMAP]))
+    def grow_metadata(self, more: int) -> None:
+        # Its size is not part of the transaction: an abort leaves the device as large as it is.
+        self.device.nr_blocks = min(self.device.nr_blocks + more, 50_000)
+        self.pool.resize_metadata(self.device.nr_blocks)
+        assert self.pool.nr_metadata_blocks == self.device.nr_blocks
+
+    @rule(more=st.sampled_from([1, 100, layout.ENTRIES_PER_BITMAP]))
+    def grow_data(self, more: int) -> None:
+        blocks = min(self.pool.nr_data_blocks + more, 100_000)
+        self.pool.resize_data(blocks)
+        assert self.pool.nr_data_blocks == blocks
+
     @precondition(lambda self: hasattr(self, "pool"))
     @invariant()
     def equal(self) -> None:

@@ -7,6 +7,7 @@ import typer
 from devmapper.cli.output import pairs, show
 from devmapper.cli.settings import (
     Settings,
+    own_pool,
     require_graph,
     require_root,
     settings_of,
@@ -67,7 +68,8 @@ def stop(
 
     All I/O is written, the pool is committed, and its devices are gone afterwards. The next command
     that needs the pool starts it again. While a layer is mounted this is refused, unless --force
-    is given; a layer whose files are open stays in any case.
+    is given; a layer whose files are open stays in any case. A pool that was given to the graph, by
+    dm.thinpooldev or made of a whole disk, stays active.
 
     Example: devmapper engine stop
     """
@@ -76,27 +78,28 @@ def stop(
     from devmapper.deviceset.shutdown import release_devices
 
     engine, name = _engine(settings)
+    is_given = own_pool(settings)[0].thin_pool_device is not None
     pool = engine.find_pool(name)
     if pool is not None and force:
         # Not by way of the driver: it opens no graph that is damaged
         release_devices(pool)
     try:
-        engine.deactivate_pool(name)
+        if not is_given:
+            engine.deactivate_pool(name)
     except ThinBusy as err:
         err.hint = "unmount the layers with devmapper put, or use devmapper engine stop --force"
         raise
     release_home(settings.root, seconds=_RELEASE_SECONDS)
-    show(settings, {"pool": name, "stopped": pool is not None})
+    show(settings, {"pool": name, "stopped": pool is not None and not is_given})
 
 
 def _engine(settings: Settings) -> "tuple[Engine, str]":
     """The engine and the name of the graph's pool; nothing is started."""
     require_root()
     require_graph(settings)
-    from devmapper.deviceset.names import GraphNames
     from devmapper.engine.select import choose_engine
 
-    return choose_engine(settings.engine), GraphNames.of(settings.root).pool
+    return choose_engine(settings.engine), own_pool(settings)[1]
 
 
 def _process(pool: str) -> tuple[int | None, str]:

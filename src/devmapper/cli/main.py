@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from devmapper.cli import border, content, engine, layers, pool
+from devmapper.cli import border, content, engine, layers, pool, pool_setup
 from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
 from devmapper.errors import UsageError
 
@@ -124,6 +124,8 @@ for command in (
 ):
     app.command()(command)
 app.command("import")(content.import_)
+pool.app.command()(pool_setup.create)
+pool.app.command()(pool_setup.resize)
 app.add_typer(pool.app, name="pool")
 app.add_typer(engine.app, name="engine")
 

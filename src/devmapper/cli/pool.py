@@ -1,4 +1,4 @@
-"""Commands about the pool: how full it is, whether it is sound, what is in it, its growth."""
+"""Commands about the pool: how full it is, whether it is sound, what is in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +11,18 @@ from devmapper.cli.output import new_file, pairs, progress, show
 from devmapper.cli.settings import (
     Settings,
     opened_driver,
+    own_pool,
     require_graph,
     require_root,
     settings_of,
 )
-from devmapper.errors import IntegrityError
+from devmapper.errors import IntegrityError, PoolNotFound
 
 if TYPE_CHECKING:
     from devmapper.deviceset.status import DiskUsage
     from devmapper.thin.damage import CheckReport, Damage
 
-app = typer.Typer(help="Look at the pool, check it, dump it, enlarge it.")
+app = typer.Typer(help="Make, look at, check, dump, enlarge the pool.")
 
 MetadataFile = Annotated[
     str,
@@ -52,8 +53,8 @@ def status(context: typer.Context) -> None:
         "needs_check": found.needs_check,
         "transaction_id": found.transaction_id,
         "block_size": found.sector_size,
-        "data": _usage(found.data),
-        "metadata": _usage(found.metadata),
+        "data": describe_usage(found.data),
+        "metadata": describe_usage(found.metadata),
         "data_file": found.data_file,
         "metadata_file": found.metadata_file,
         "data_file_allocated": allocated,
@@ -72,29 +73,6 @@ def status(context: typer.Context) -> None:
     if allocated is not None:
         rows.append(("Data file takes on disk", human_size(allocated)))
     show(settings, value, pairs(rows))
-
-
-@app.command()
-def resize(
-    context: typer.Context,
-    size: Annotated[
-        str, typer.Argument(metavar="SIZE", help="The new size of data, such as 200G.")
-    ],
-) -> None:
-    """Let the data of the pool grow.
-
-    Layers may be mounted meanwhile. A pool cannot shrink.
-
-    Example: devmapper pool resize 200G
-    """
-    from devmapper.units import parse_size
-
-    settings = settings_of(context)
-    wanted = parse_size(size)
-    with opened_driver(settings) as driver:
-        driver.devices.resize_pool(wanted)
-        found = driver.devices.status()
-    show(settings, {"name": found.pool_name, "data": _usage(found.data)})
 
 
 @app.command()
@@ -191,16 +169,17 @@ def _metadata(settings: Settings, file: str) -> Iterator[tuple[Path, str]]:
     require_graph(settings)
     import tempfile
 
-    from devmapper.deviceset.names import GraphNames
-    from devmapper.deviceset.options import parse_options
     from devmapper.engine.select import choose_engine
 
-    own = parse_options(settings.storage_options).metadata_device
-    own = own or settings.root / "devicemapper" / "metadata"
-    pool = choose_engine(settings.engine).find_pool(GraphNames.of(settings.root).pool)
+    options, name = own_pool(settings)
+    own = options.metadata_device or settings.root / "devicemapper" / "metadata"
+    pool = choose_engine(settings.engine).find_pool(name)
     if pool is None:
+        if options.thin_pool_device is not None:
+            raise PoolNotFound(f"thin pool {name!r} is not active", hint="activate it first")
         yield own, str(own)
         return
+    own = pool.table().metadata_device
     with tempfile.TemporaryDirectory(prefix="devmapper-") as directory:
         copy = Path(directory) / "metadata"
         pool.export_metadata(copy)
@@ -215,7 +194,7 @@ def _clear(metadata: Path) -> bool:
     return clear_needs_check(metadata) is Outcome.DONE
 
 
-def _usage(usage: "DiskUsage") -> dict[str, int]:
+def describe_usage(usage: "DiskUsage") -> dict[str, int]:
     return {"used": usage.used, "total": usage.total, "available": usage.available}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from devmapper.deviceset.id_maps import IdMap
+    from devmapper.deviceset.options import Options
     from devmapper.driver import Driver
     from devmapper.engine.select import Preference
 
@@ -79,6 +80,16 @@ def opened_driver(settings: Settings, *, create: bool = False) -> Iterator["Driv
         yield driver
     finally:
         driver.close()
+
+
+def own_pool(settings: Settings) -> "tuple[Options, str]":
+    """The options of the graph as it is made, and the name of its pool; nothing is opened."""
+    from devmapper.deviceset.names import GraphNames
+    from devmapper.deviceset.options import parse_options
+    from devmapper.deviceset.setup_config import with_given_pool
+
+    options = with_given_pool(settings.root, parse_options(settings.storage_options))
+    return options, GraphNames.of(settings.root, options.thin_pool_device).pool
 
 
 def require_root() -> None:

@@ -24,10 +24,11 @@ from devmapper.deviceset.migration import LegacyRecords
 from devmapper.deviceset.mountopts import check_label
 from devmapper.deviceset.names import BASE, LayerId, file_name, internal_layer_id, layer_id
 from devmapper.deviceset.options import Options, parse_options
-from devmapper.deviceset.pool import PoolFiles
+from devmapper.deviceset.pool import ActivePool, PoolFiles
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.requirements import check_engine
 from devmapper.deviceset.session import Graph
+from devmapper.deviceset.setup_config import with_given_pool
 from devmapper.deviceset.shutdown import release_devices
 from devmapper.deviceset.sizing import create_layer
 from devmapper.deviceset.status import (
@@ -82,8 +83,11 @@ class DeviceSet:
         self._engine = engine
         self.owner = owner
         self._prepare_home(create=do_init)
+        chosen = with_given_pool(self._home, chosen)
         self._graph = Graph(self._home, chosen, checkpoint)
-        self._files = PoolFiles(self._home, self._graph.names.pool, chosen, checkpoint)
+        self._files = PoolFiles(
+            self._home, self._graph.names.pool, chosen, self._graph.store, checkpoint
+        )
         self._mounts = LayerMounts(self._graph)
         self._deletions = Deletions(self._graph, self._mounts)
         self._worker = Worker(
@@ -255,10 +259,20 @@ class DeviceSet:
         with self._graph.lock.hold():
             yield
 
-    def resize_pool(self, size: int) -> None:
-        """Let the loop file of data, and the pool with it, grow to *size* bytes."""
+    def resize_pool(self, size: int | None = None, *, metadata_size: int | None = None) -> None:
+        """Let the pool grow while it is in use; it cannot shrink (`UsageError`).
+
+        Sizes in bytes, of data and of metadata.  A loop file grows to the size that is given.  A
+        device has been enlarged before: without a size the pool takes all of it (moby ResizePool:
+        data in loop files only).  Durable when it returns; after a crash amid it the same call, or
+        the next start, completes it.
+        """
         with self._graph.session() as session:
-            self._files.grow(session.pool, Bytes(size))
+            self._files.grow(
+                session.pool,
+                None if size is None else Bytes(size),
+                None if metadata_size is None else Bytes(metadata_size),
+            )
 
     def dm_log(self, level: int, file: str, line: int, dm_error: int, message: str) -> None:
         """Where libdevmapper's own messages go: to the log, and errors only if they are fatal."""
@@ -305,20 +319,20 @@ class DeviceSet:
         store = self._graph.store
         store.prepare()
         self._legacy = LegacyRecords.read(self._home, store)
-        pool, activated = self._activate(create=do_init)
+        active = self._activate(create=do_init)
         try:
             if self._legacy is not None:
                 self._legacy.migrate(store, self._graph.checkpoint)
-            session = self._graph.adopt(pool)
+            session = self._graph.adopt(active.pool)
             if do_init:
-                ensure_base(session, self._graph.options, verify=activated)
+                ensure_base(session, self._graph.options, verify=active.verify)
         except Exception:
-            if activated:
+            if active.activated:
                 self._let_go_again()
             raise
         return session.doomed
 
-    def _activate(self, *, create: bool) -> tuple[ThinPool, bool]:
+    def _activate(self, *, create: bool) -> ActivePool:
         if self._graph.options.use_deferred_removal:
             # Also where the pool is active already: moby 1.7 went on without it, silently
             check_engine(self._engine.features(), self._graph.options)
@@ -345,11 +359,11 @@ class DeviceSet:
         release_devices(pool)
         self._deletions.complete_all()  # nothing is in use any more
         with self._graph.lock.hold():
-            self._engine.deactivate_pool(self._graph.names.pool)
+            self._files.let_go(self._engine)
 
     def _let_go_again(self) -> None:
         try:
-            self._engine.deactivate_pool(self._graph.names.pool)
+            self._files.let_go(self._engine)
         except (DevmapperError, OSError) as err:
             log.warning("pool %s stays active: %s", self._graph.names.pool, err)
 
@@ -379,6 +393,8 @@ class DeviceSet:
         try:
             table = self._graph.pool.table()
         except (DevmapperError, OSError):
+            if self._files.is_given:
+                return PoolPaths("", "", "", "")
             table = self._files.table()
         return PoolPaths(
             str(table.data_device),

@@ -28,9 +28,10 @@ class GraphNames(NamedTuple):
     """Names of one graph, all of which start with `docker-<major>:<minor>-<inode>`."""
 
     prefix: str
+    given_pool: str | None = None  # a pool that the graph did not make (dm.thinpooldev)
 
     @classmethod
-    def of(cls, home: Path) -> Self:
+    def of(cls, home: Path, given_pool: str | None = None) -> Self:
         """Derive them from the home's device and inode, as moby `deviceset.go` initDevmapper does.
 
         A graph that was copied or restored has another inode, so its names change; nothing on disk
@@ -38,11 +39,11 @@ class GraphNames(NamedTuple):
         """
         found = home.stat()
         major, minor = old_device_numbers(found.st_dev)
-        return cls(f"docker-{major}:{minor}-{found.st_ino}")
+        return cls(f"docker-{major}:{minor}-{found.st_ino}", given_pool)
 
     @property
     def pool(self) -> str:
-        return f"{self.prefix}-pool"
+        return self.given_pool or f"{self.prefix}-pool"
 
     def device(self, layer: LayerId) -> str:
         """Name of a layer's device.

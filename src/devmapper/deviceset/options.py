@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from devmapper.errors import UsageError
-from devmapper.units import GIB, MAX_METADATA_SIZE, Bytes, data_block_size, parse_size
+from devmapper.units import (
+    GIB,
+    MAX_METADATA_DEVICE,
+    MAX_METADATA_SIZE,
+    Bytes,
+    data_block_size,
+    parse_size,
+)
 
 DEFAULT_DATA_LOOPBACK_SIZE: Final = Bytes(100 * GIB)
 DEFAULT_META_DATA_LOOPBACK_SIZE: Final = Bytes(2 * GIB)
@@ -20,7 +27,6 @@ DEFAULT_THINP_METAPERCENT: Final = 1
 DEFAULT_THINP_AUTOEXTEND_PERCENT: Final = 20
 DEFAULT_THINP_AUTOEXTEND_THRESHOLD: Final = 80
 
-_MAX_METADATA_DEVICE: Final = 16 * GIB
 _MIN_METADATA_DEVICE: Final = 64 * 1024
 
 
@@ -200,7 +206,7 @@ def _loop_data_size(options: Options, setting: _Setting) -> Options:
 
 def _loop_metadata_size(options: Options, setting: _Setting) -> Options:
     value = _size(setting)
-    if not _MIN_METADATA_DEVICE <= value <= _MAX_METADATA_DEVICE:
+    if not _MIN_METADATA_DEVICE <= value <= MAX_METADATA_DEVICE:
         raise setting.wrong(
             f"a size from 64K to 16G (the format addresses {MAX_METADATA_SIZE} bytes)"
         )

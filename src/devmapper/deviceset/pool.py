@@ -1,22 +1,23 @@
 """The graph's pool: its two files or devices, its table, its activation and its growth."""
 
-import errno
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from devmapper.deviceset.options import (
-    DEFAULT_THINP_BLOCK_SIZE,
-    Options,
-)
+from devmapper.deviceset import pool_devices
+from devmapper.deviceset.backing import Backing
+from devmapper.deviceset.given_pool import check_empty, find_given_pool, has_begun
+from devmapper.deviceset.growth import PoolGrowth, Wanted
+from devmapper.deviceset.options import DEFAULT_THINP_BLOCK_SIZE, Options
+from devmapper.deviceset.pool_devices import Named
+from devmapper.deviceset.records import RecordStore
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.engine.port import Engine, PoolTable, ThinPool
-from devmapper.errors import EnvironmentLacking, PoolMismatch, PoolNotFound, UsageError
-from devmapper.linux import blockdev
-from devmapper.linux.files import allocated_bytes, make_sparse, sync_directory
-from devmapper.thin.format import BLOCK_SIZE, Superblock
+from devmapper.errors import DeviceBusy, DevmapperError, PoolMismatch, UsageError
+from devmapper.linux import blockdev, disks
+from devmapper.linux.files import allocated_bytes
+from devmapper.thin.format import Superblock
 from devmapper.units import SECTOR_SIZE, Bytes, data_block_size
 
 log = logging.getLogger(__name__)
@@ -26,29 +27,37 @@ _DATA: Final = "data"
 _METADATA: Final = "metadata"
 
 
-class Backing(NamedTuple):
-    """What holds one half of the pool."""
+class ActivePool(NamedTuple):
+    """The graph's pool, active."""
 
-    device: Path
-    loop_file: Path | None  # the file in the graph's home, unless the user named a device
-
-    def loop_file_of(self, device: Path) -> str:
-        """The loop file if the pool's half is on *device*, which is that file; else ""."""
-        if self.loop_file is None or os.path.realpath(self.loop_file) != os.path.realpath(device):
-            return ""
-        return str(self.loop_file)
+    pool: ThinPool
+    activated: bool  # by this call, which undoes it if the start fails
+    verify: bool  # whether the base layer's identity is to be looked at
 
 
 class PoolFiles:
     """Finds, makes, activates and grows the pool of one graph.  Call under the graph's lock."""
 
-    def __init__(self, home: Path, name: str, options: Options, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        options: Options,
+        store: RecordStore,
+        checkpoint: Checkpoint,
+    ) -> None:
         self.name = name
-        self._directory = home / "devicemapper"
+        self._home = home
         self._options = options
+        self._store = store
         self._checkpoint = checkpoint
         self.data = self._backing(_DATA, options.data_device)
         self.metadata = self._backing(_METADATA, options.metadata_device)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the pool is the administrator's, who activates, resizes and deactivates it."""
+        return self._options.thin_pool_device is not None
 
     def activate(
         self,
@@ -57,90 +66,192 @@ class PoolFiles:
         create: bool,
         before: Callable[[], None],
         has_layers: Callable[[], bool],
-    ) -> tuple[ThinPool, bool]:
-        """The active pool, and whether it was this call that activated it.
+    ) -> ActivePool:
+        """The active pool.
 
-        With *create* missing loop files are made.  *before* is called first if there is something
-        to do.  *has_layers* tells whether the graph has layers, which must not be given an empty
-        pool.
+        With *create* missing loop files are made, those that an option wants larger grow, and a
+        disk becomes a pool.  *before* is called first if there is something to do.  *has_layers*
+        tells whether the graph has layers, which must not be given an empty pool.
         """
+        if self.is_given:
+            return self._take_given(engine, create=create, before=before, has_layers=has_layers)
         active = engine.find_pool(self.name)
         if active is not None:
-            _check_block_size(self._options.block_size, active.table().block_size)
-            return active, False
+            table = active.table()
+            self._check_active(table)
+            if create:
+                self._enlarge_files(table)
+            self._growth(active).catch_up()
+            return ActivePool(active, activated=False, verify=False)
         before()
+        self._check_nobody_has_the_files(engine)
+        pool = engine.activate_pool(self.name, self._prepare(has_layers, create=create))
+        self._checkpoint(Step.POOL_ACTIVATED)
+        try:
+            self._growth(pool).catch_up()
+            if self._named() and not has_begun(self._store):
+                check_empty(pool)
+        except Exception as err:
+            self._let_go_after(engine, err)
+            raise
+        return ActivePool(pool, activated=True, verify=True)
+
+    def table(self) -> PoolTable:
+        """The table line for the devices as they are now.
+
+        A pool that exists keeps the size that it has: `PoolGrowth` makes sure of room before it
+        takes what the data device has grown by.
+        """
+        superblock = self._superblock()
+        block_size = self._block_size(superblock)
+        size = blockdev.size(self.data.device)
+        whole = Bytes(size - size % block_size)
+        known = pool_devices.data_size_of(superblock) if superblock else Bytes(0)
+        if 0 < known < whole and known % block_size == 0:
+            whole = known
+        return PoolTable(self.metadata.device, self.data.device, whole, block_size)
+
+    def grow(self, pool: ThinPool, size: Bytes | None, metadata_size: Bytes | None) -> None:
+        """Let the pool grow, as moby `deviceset.go` ResizePool, and more: see `PoolGrowth`."""
+        if self.is_given:
+            raise UsageError(
+                f"pool {self.name!r} is not made of this graph's files or devices",
+                hint="enlarge it with the program that made it, such as lvextend",
+            )
+        self._growth(pool).grow(Wanted(size, metadata_size))
+
+    def let_go(self, engine: Engine) -> None:
+        """Deactivate the pool; one that was given stays active."""
+        if not self.is_given:
+            engine.deactivate_pool(self.name)
+
+    def _let_go_after(self, engine: Engine, failure: Exception) -> None:
+        try:
+            engine.deactivate_pool(self.name)
+        except (DevmapperError, OSError) as err:
+            failure.add_note(f"pool {self.name} stays active: {err}")
+
+    def _check_nobody_has_the_files(self, engine: Engine) -> None:
+        """One engine at a time: the kernel knows nothing of the other's locks, and the reverse.
+
+        `DeviceBusy` for a loop file below a device that is in use, such as the pool of a Docker
+        that runs; `PoolBusy` for one that an embedded engine has open.
+        """
+        for half in (self.data, self.metadata):
+            if half.loop_file is not None and half.loop_file.exists():
+                users = disks.users(half.loop_file)
+                if users:
+                    raise DeviceBusy(half.loop_file, users)
+
+    def _take_given(
+        self,
+        engine: Engine,
+        *,
+        create: bool,
+        before: Callable[[], None],
+        has_layers: Callable[[], bool],
+    ) -> ActivePool:
+        before()
+        if create and self._options.directlvm_device is not None:
+            from devmapper.deviceset import direct_lvm  # LVM is asked once, a graph opened often
+
+            direct_lvm.set_up(self._home, self._options, has_layers=has_layers)
+        pool = find_given_pool(engine, self.name, self._store)
+        _check_block_size(self._options.block_size, pool.table().block_size)
+        # Nobody tells when it was activated; while none of its devices is active, it may be anew
+        return ActivePool(pool, activated=False, verify=not pool.devices())
+
+    def _prepare(self, has_layers: Callable[[], bool], *, create: bool) -> PoolTable:
+        """Check all of it, then make what is missing; returns the table to activate."""
+        named = self._named()
+        pool_devices.check_devices(named)
         self._check_pair(has_layers)
-        self._ensure(self.data, self._options.loop_data_size, create=create)
-        self._checkpoint(Step.DATA_FILE_MADE)
-        self._ensure(self.metadata, self._options.loop_metadata_size, create=create)
-        self._checkpoint(Step.METADATA_FILE_MADE)
-        table = self.table()
-        if self._superblock() is None and has_layers():
+        superblock = self._superblock()
+        if superblock is None:
+            self._check_new_pool(named, has_layers, create=create)
+        elif self.metadata.loop_file is None:
+            pool_devices.check_holds_pool(self.metadata.device, superblock)
+        if self.data.ensure(self._options.loop_data_size, create=create):
+            self._checkpoint(Step.DATA_FILE_MADE)
+        if self.metadata.ensure(self._options.loop_metadata_size, create=create):
+            self._checkpoint(Step.METADATA_FILE_MADE)
+        if create:
+            self._enlarge_files()
+        return self.table()
+
+    def _check_new_pool(
+        self, named: list[Named], has_layers: Callable[[], bool], *, create: bool
+    ) -> None:
+        if self.metadata.device.exists() and has_layers():
             raise PoolMismatch(
                 f"metadata device {str(self.metadata.device)!r} is blank, but the graph has layers",
                 hint="put the pool's own metadata back; nothing was changed",
             )
-        pool = engine.activate_pool(self.name, table)
-        self._checkpoint(Step.POOL_ACTIVATED)
-        return pool, True
-
-    def table(self) -> PoolTable:
-        """The table line for the devices as they are now."""
-        block_size = self._block_size()
-        data_size = _size(self.data.device)
-        return PoolTable(
-            self.metadata.device,
-            self.data.device,
-            Bytes(data_size - data_size % block_size),
-            block_size,
+        if not create and not self.metadata.device.exists():
+            return  # what is missing is said next
+        pool_devices.check_nothing_lost(named)
+        pool_devices.check_sizes(
+            self._size(self.data, self._options.loop_data_size),
+            self._size(self.metadata, self._options.loop_metadata_size),
+            self._block_size(None),
         )
 
-    def grow(self, pool: ThinPool, size: Bytes) -> None:
-        """Let data take *size* bytes, as moby `deviceset.go` ResizePool: loop files only.
+    def _size(self, half: Backing, size: Bytes) -> Bytes:
+        """What it has, or is going to have once its loop file is made or grown."""
+        if half.loop_file is None:
+            return blockdev.size(half.device)
+        return max(size, blockdev.size(half.device)) if half.device.exists() else size
 
-        A file that has that size already is not touched, so an interrupted growth is completed by
-        the same call again.
-        """
-        table = pool.table()
-        file = self.data.loop_file
-        if file is None or not self.data.loop_file_of(table.data_device):
-            raise UsageError(
-                f"data device {str(table.data_device)!r} is not a file of this graph",
-                hint="enlarge the device itself and start the graph anew",
-            )
-        now = _size(file)
-        if size < now:
-            raise UsageError(
-                f"pool cannot shrink: {str(file)!r} has {now} bytes, {size} were asked for"
-            )
-        with blockdev.opened(file, os.O_RDWR) as fd:
-            os.ftruncate(fd, size)
-            os.fsync(fd)
-        whole = Bytes(size - size % table.block_size)
-        if whole > table.data_size:
-            pool.resize(table._replace(data_size=whole))
+    def _superblock(self) -> Superblock | None:
+        """The superblock unchecked; None if it is blank, or there is no file yet."""
+        if not self.metadata.device.exists():
+            return None
+        return pool_devices.read_superblock(self.metadata.device)
+
+    def _check_active(self, table: PoolTable) -> None:
+        """What the options say has to be what the active pool is."""
+        _check_block_size(self._options.block_size, table.block_size)
+        for option, half, device in (
+            ("dm.datadev", self.data, table.data_device),
+            ("dm.metadatadev", self.metadata, table.metadata_device),
+        ):
+            if half.loop_file is None and not half.stands_on(device):
+                raise PoolMismatch(
+                    f"{option} is {str(half.device)!r}, but the graph's pool is active on"
+                    f" {str(device)!r}",
+                    hint="leave the option out, or give the one with which the pool was made",
+                )
+
+    def _enlarge_files(self, active: PoolTable | None = None) -> None:
+        """As moby ensureImage, but only for a size that was given: its default would make any
+        smaller file grow to 100 GiB.  Only those files grow that an *active* pool stands on."""
+        given = self._options.given
+        if (
+            "dm.loopmetadatasize" in given
+            and (active is None or self.metadata.loop_file_of(active.metadata_device))
+            and self.metadata.enlarge(self._options.loop_metadata_size)
+        ):
+            self._checkpoint(Step.METADATA_FILE_GROWN)
+        if (
+            "dm.loopdatasize" in given
+            and (active is None or self.data.loop_file_of(active.data_device))
+            and self.data.enlarge(self._options.loop_data_size)
+        ):
+            self._checkpoint(Step.DATA_FILE_GROWN)
+
+    def _growth(self, pool: ThinPool) -> PoolGrowth:
+        return PoolGrowth(pool, self.data, self.metadata, self._checkpoint)
 
     def _backing(self, name: str, device: Path | None) -> Backing:
         if device is not None:
             return Backing(device, None)
-        return Backing(self._directory / name, self._directory / name)
+        file = self._home / "devicemapper" / name
+        return Backing(file, file)
 
-    def _ensure(self, backing: Backing, size: Bytes, *, create: bool) -> None:
-        if backing.loop_file is None:
-            _check_device(backing.device)
-            return
-        if backing.loop_file.exists():
-            return
-        if not create:
-            raise PoolNotFound(
-                f"loop file {str(backing.loop_file)!r} does not exist",
-                hint="the graph's home is another one, or was never initialised",
-            )
-        if not self._directory.is_dir():
-            self._directory.mkdir(mode=0o700)
-            sync_directory(self._directory.parent)
-        make_sparse(backing.loop_file, size)
-        log.info("made loop file %s of %d bytes", backing.loop_file, size)
+    def _named(self) -> list[Named]:
+        """The halves that the user named."""
+        pairs = (("dm.datadev", self.data), ("dm.metadatadev", self.metadata))
+        return [Named(option, half.device) for option, half in pairs if half.loop_file is None]
 
     def _check_pair(self, has_layers: Callable[[], bool]) -> None:
         """Refuse to put a new file beside an old one: together they are no pool.
@@ -167,9 +278,8 @@ class PoolFiles:
             hint="put the file back, or move the other one away",
         )
 
-    def _block_size(self) -> Bytes:
+    def _block_size(self, superblock: Superblock | None) -> Bytes:
         """What the metadata say; the option, or 64 KiB, for a pool that is still blank."""
-        superblock = self._superblock()
         wanted = self._options.block_size
         if superblock is None:
             return wanted or _DEFAULT_BLOCK_SIZE
@@ -180,14 +290,6 @@ class PoolFiles:
         _check_block_size(wanted, found)
         return found
 
-    def _superblock(self) -> Superblock | None:
-        """The superblock unchecked, None if the first block is blank."""
-        with open(self.metadata.device, "rb") as file:
-            raw = file.read(BLOCK_SIZE)
-        if len(raw) < BLOCK_SIZE or not any(raw):
-            return None
-        return Superblock.unpack(raw)
-
 
 def _check_block_size(wanted: Bytes | None, found: Bytes) -> None:
     if wanted is not None and wanted != found:
@@ -195,18 +297,3 @@ def _check_block_size(wanted: Bytes | None, found: Bytes) -> None:
             f"pool has blocks of {found} bytes, but dm.blocksize asks for {wanted}",
             hint="leave dm.blocksize out: it is chosen when a pool is made",
         )
-
-
-def _size(path: Path) -> Bytes:
-    return blockdev.size(path)
-
-
-def _check_device(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as err:
-        what = "does not exist" if err.errno == errno.ENOENT else f"cannot be opened: {err}"
-        raise EnvironmentLacking(
-            f"device {str(path)!r} {what}", hint="check dm.datadev and dm.metadatadev"
-        ) from err
-    os.close(fd)

@@ -16,8 +16,8 @@ def check_engine(features: EngineFeatures, options: Options) -> None:
     """
     if options.thin_pool_device is not None and features.name == "embedded":
         raise UsageError(
-            "dm.thinpooldev names a pool of the kernel's device mapper, but the embedded engine"
-            " makes its own pool",
+            f"pool {options.thin_pool_device!r} (dm.thinpooldev) is one of the kernel's device"
+            " mapper, but the embedded engine makes its own pool",
             hint="use dm.datadev and dm.metadatadev, or leave them all out for loop files",
         )
     if options.use_deferred_removal and not features.deferred_removal:

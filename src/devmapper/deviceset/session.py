@@ -30,7 +30,7 @@ class Graph:
     def __init__(self, home: Path, options: Options, checkpoint: Checkpoint) -> None:
         self.home = home
         self.options = options
-        self.names = GraphNames.of(home)
+        self.names = GraphNames.of(home, options.thin_pool_device)
         self.store = RecordStore(home / "metadata")
         self.lock = GraphLock(home)
         self.checkpoint = checkpoint

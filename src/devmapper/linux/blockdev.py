@@ -13,10 +13,12 @@ from typing import Final, NamedTuple
 from devmapper.units import Bytes
 
 _BLKGETSIZE64: Final = 0x80081272  # linux/fs.h
+_BLKROGET: Final = 0x125E
 _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
 _U64: Final = Struct("=Q")
 _RANGE: Final = Struct("=QQ")
+_INT: Final = Struct("@i")
 
 _PROBE_LENGTH: Final = 0x10048  # what Docker's ProbeFsType reads; less is an error
 
@@ -83,6 +85,13 @@ def size_of(fd: int, path: Path) -> Bytes:
     raw = _ioctl(fd, _BLKGETSIZE64, bytes(8), "BLKGETSIZE64", path)
     (value,) = _U64.unpack(raw)
     return Bytes(value)
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether the kernel refuses writes to a block device, whoever opens it."""
+    with opened(path, os.O_RDONLY) as fd:
+        (value,) = _INT.unpack(_ioctl(fd, _BLKROGET, bytes(_INT.size), "BLKROGET", path))
+    return bool(value)
 
 
 def discard(path: Path, offset: int = 0, length: int | None = None) -> None:
