@@ -11,9 +11,18 @@ import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from devmapper.errors import DeviceBusy, EnvironmentLacking, PoolMismatch, UsageError
+from devmapper.errors import (
+    DeviceBusy,
+    EnvironmentLacking,
+    IntegrityError,
+    PoolMismatch,
+    UsageError,
+)
 from devmapper.linux import blockdev, disks
+from devmapper.thin.blocks import FileDevice
 from devmapper.thin.format import BLOCK_SIZE, ENTRIES_PER_BITMAP, MAGIC, SpaceMapRoot, Superblock
+from devmapper.thin.superblock import is_blank
+from devmapper.thin.superblock import read_superblock as read_sound_superblock
 from devmapper.units import Bytes
 
 _MIN_METADATA_BLOCKS: Final = 16  # as dm.loopmetadatasize takes
@@ -115,6 +124,22 @@ def data_size_of(superblock: Superblock) -> Bytes:
     """How large the pool is, as its metadata say; unchecked."""
     blocks = SpaceMapRoot.unpack(superblock.data_space_map_root).nr_blocks
     return Bytes(blocks * superblock.block_size)
+
+
+def is_whole(metadata: Path, data_size: Bytes) -> bool:
+    """Whether the superblock is sound and neither half is shorter than it says.
+
+    Blank metadata are whole: there is no pool yet.
+    """
+    try:
+        with FileDevice.open(metadata, read_only=True) as device:
+            if device.nr_blocks == 0 or is_blank(device):
+                return True
+            superblock = read_sound_superblock(device)
+            blocks = SpaceMapRoot.unpack(superblock.metadata_space_map_root).nr_blocks
+            return blocks <= device.nr_blocks and data_size_of(superblock) <= data_size
+    except IntegrityError:
+        return False
 
 
 def _check_kind(device: Named) -> None:
