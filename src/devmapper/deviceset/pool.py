@@ -211,7 +211,7 @@ class PoolFiles:
         """The superblock unchecked; None if it is blank, or there is no file yet."""
         if not self.metadata.device.exists():
             return None
-        return pool_devices.read_superblock(self.metadata.device)
+        return pool_devices.peek_superblock(self.metadata.device)
 
     def _check_active(self, table: PoolTable) -> None:
         """What the options say has to be what the active pool is."""

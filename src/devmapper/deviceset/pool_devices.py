@@ -19,10 +19,7 @@ from devmapper.errors import (
     UsageError,
 )
 from devmapper.linux import blockdev, disks
-from devmapper.thin.blocks import FileDevice
 from devmapper.thin.format import BLOCK_SIZE, ENTRIES_PER_BITMAP, MAGIC, SpaceMapRoot, Superblock
-from devmapper.thin.superblock import is_blank
-from devmapper.thin.superblock import read_superblock as read_sound_superblock
 from devmapper.units import Bytes
 
 _MIN_METADATA_BLOCKS: Final = 16  # as dm.loopmetadatasize takes
@@ -53,7 +50,7 @@ def check_devices(named: list[Named]) -> None:
         _check_unused(device)
 
 
-def read_superblock(metadata: Path) -> Superblock | None:
+def peek_superblock(metadata: Path) -> Superblock | None:
     """The superblock unchecked, None if the first block is blank or missing."""
     with open(metadata, "rb") as file:
         raw = file.read(BLOCK_SIZE)
@@ -131,11 +128,15 @@ def is_whole(metadata: Path, data_size: Bytes) -> bool:
 
     Blank metadata are whole: there is no pool yet.
     """
+    # Checksums take a library of their own, which a start without a larger size does not need
+    from devmapper.thin.blocks import FileDevice
+    from devmapper.thin.superblock import is_blank, read_superblock
+
     try:
         with FileDevice.open(metadata, read_only=True) as device:
             if device.nr_blocks == 0 or is_blank(device):
                 return True
-            superblock = read_sound_superblock(device)
+            superblock = read_superblock(device)
             blocks = SpaceMapRoot.unpack(superblock.metadata_space_map_root).nr_blocks
             return blocks <= device.nr_blocks and data_size_of(superblock) <= data_size
     except IntegrityError:
