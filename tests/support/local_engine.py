@@ -21,7 +21,7 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
-from devmapper.errors import ThinBusy, ThinIdExists, ThinIdMissing
+from devmapper.errors import PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.metadata import PoolMetadata, is_blank
 from devmapper.units import Bytes, ThinId, TransactionId
@@ -51,6 +51,9 @@ class LocalPool:
             )
         else:
             self._metadata = PoolMetadata.open(device, data_block_size=table.block_size)
+            if blocks < self._metadata.nr_data_blocks:
+                self._metadata.close()
+                raise PoolMismatch("data device is smaller than the pool")
             grow(self._metadata, device, blocks)
             self._metadata.commit()
 

@@ -10,6 +10,7 @@ from devmapper.engine.port import PoolMode
 from devmapper.errors import (
     DevmapperError,
     EnvironmentLacking,
+    IntegrityError,
     PoolFull,
     PoolMismatch,
     PoolUnusable,
@@ -90,6 +91,26 @@ class TestLoopFiles:
         options = (*SMALL, "dm.loopdatasize=8M")
         with DeviceSet(home, options, engine=engine, do_init=False) as graph:
             assert sizes(home) == pool_sizes(graph) == (4 * MIB, 4 * MIB)
+
+    @pytest.mark.parametrize("half", ["data", "metadata"])
+    def test_a_file_that_was_cut_off_is_not_made_whole_by_a_hole(self, home, engine, half):
+        open_small(home, engine).shutdown()
+        os.truncate(home / "devicemapper" / half, 2 * MIB)
+        before = sizes(home)
+        with pytest.raises(DevmapperError):
+            open_small(home, engine, "dm.loopdatasize=8M", "dm.loopmetadatasize=8M")
+        assert sizes(home) == before
+
+    def test_a_damaged_superblock_is_left_as_it_is(self, home, engine):
+        open_small(home, engine).shutdown()
+        file = home / "devicemapper" / "metadata"
+        with file.open("r+b") as metadata:
+            metadata.seek(100)
+            metadata.write(b"damage")
+        before = file.read_bytes()
+        with pytest.raises(IntegrityError):
+            open_small(home, engine, "dm.loopdatasize=8M", "dm.loopmetadatasize=8M")
+        assert file.read_bytes() == before
 
     def test_data_that_need_more_metadata_than_there_are_wait_for_them(self, home, engine, caplog):
         """Growing all the same would turn a kernel's pool read-only."""

@@ -206,7 +206,7 @@ class PoolFiles:
         """The superblock unchecked; None if it is blank, or there is no file yet."""
         if not self.metadata.device.exists():
             return None
-        return pool_devices.read_superblock(self.metadata.device)
+        return pool_devices.peek_superblock(self.metadata.device)
 
     def _check_active(self, table: PoolTable) -> None:
         """What the options say has to be what the active pool is."""
@@ -224,8 +224,14 @@ class PoolFiles:
 
     def _enlarge_files(self, active: PoolTable | None = None) -> None:
         """As moby ensureImage, but only for a size that was given: its default would make any
-        smaller file grow to 100 GiB.  Only those files grow that an *active* pool stands on."""
-        given = self._options.given
+        smaller file grow to 100 GiB.
+
+        Only those files grow that an *active* pool stands on; and none that was cut off, which a
+        hole at its end would hide.
+        """
+        given = self._options.given & {"dm.loopdatasize", "dm.loopmetadatasize"}
+        if not given or not self._is_whole(active):
+            return
         if (
             "dm.loopmetadatasize" in given
             and (active is None or self.metadata.loop_file_of(active.metadata_device))
@@ -238,6 +244,14 @@ class PoolFiles:
             and self.data.enlarge(self._options.loop_data_size)
         ):
             self._checkpoint(Step.DATA_FILE_GROWN)
+
+    def _is_whole(self, active: PoolTable | None) -> bool:
+        if active is None:
+            size = blockdev.size(self.data.device)
+            return pool_devices.is_whole(self.metadata.device, size)
+        if not self.data.loop_file_of(active.data_device):
+            return True
+        return blockdev.size(self.data.device) >= active.data_size
 
     def _growth(self, pool: ThinPool) -> PoolGrowth:
         return PoolGrowth(pool, self.data, self.metadata, self._checkpoint)

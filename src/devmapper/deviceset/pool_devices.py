@@ -11,7 +11,13 @@ import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from devmapper.errors import DeviceBusy, EnvironmentLacking, PoolMismatch, UsageError
+from devmapper.errors import (
+    DeviceBusy,
+    EnvironmentLacking,
+    IntegrityError,
+    PoolMismatch,
+    UsageError,
+)
 from devmapper.linux import blockdev, disks
 from devmapper.thin.format import BLOCK_SIZE, ENTRIES_PER_BITMAP, MAGIC, SpaceMapRoot, Superblock
 from devmapper.units import Bytes
@@ -44,7 +50,7 @@ def check_devices(named: list[Named]) -> None:
         _check_unused(device)
 
 
-def read_superblock(metadata: Path) -> Superblock | None:
+def peek_superblock(metadata: Path) -> Superblock | None:
     """The superblock unchecked, None if the first block is blank or missing."""
     with open(metadata, "rb") as file:
         raw = file.read(BLOCK_SIZE)
@@ -115,6 +121,26 @@ def data_size_of(superblock: Superblock) -> Bytes:
     """How large the pool is, as its metadata say; unchecked."""
     blocks = SpaceMapRoot.unpack(superblock.data_space_map_root).nr_blocks
     return Bytes(blocks * superblock.block_size)
+
+
+def is_whole(metadata: Path, data_size: Bytes) -> bool:
+    """Whether the superblock is sound and neither half is shorter than it says.
+
+    Blank metadata are whole: there is no pool yet.
+    """
+    # Checksums take a library of their own, which a start without a larger size does not need
+    from devmapper.thin.blocks import FileDevice
+    from devmapper.thin.superblock import is_blank, read_superblock
+
+    try:
+        with FileDevice.open(metadata, read_only=True) as device:
+            if device.nr_blocks == 0 or is_blank(device):
+                return True
+            superblock = read_superblock(device)
+            blocks = SpaceMapRoot.unpack(superblock.metadata_space_map_root).nr_blocks
+            return blocks <= device.nr_blocks and data_size_of(superblock) <= data_size
+    except IntegrityError:
+        return False
 
 
 def _check_kind(device: Named) -> None:
