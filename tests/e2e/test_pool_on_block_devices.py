@@ -79,3 +79,14 @@ def test_devices_that_are_in_use_are_refused(disks: PoolTable) -> None:
             EmbeddedPool.open(disks)
         with raises_errno(errno.EBUSY):
             os.close(os.open(disks.data_device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_pool_that_the_kernel_may_write_to_is_refused(tmp_path: Path) -> None:
+    """An active kernel pool holds its loop devices; the name of the file does not matter."""
+    table = make_table(tmp_path)
+    other = tmp_path / "other name"
+    other.hardlink_to(table.metadata_device)
+    with loop.attached(other) as node, pytest.raises(PoolBusy, match=str(node)):
+        EmbeddedPool.open(table)
+    with loop.attached(other, read_only=True):
+        EmbeddedPool.open(table).close()

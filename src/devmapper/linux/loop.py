@@ -197,6 +197,15 @@ def find_by_backing_file(backing: Path) -> list[Path]:
     return [node for node, name in attached_devices() if str(name).removesuffix(_DELETED) == wanted]
 
 
+def find_by_inode(file: os.stat_result) -> list[LoopStatus]:
+    """The loop devices on the file that *file* describes, under whatever name they were attached.
+
+    Opens every attached device for a moment, unlike `find_by_backing_file`.
+    """
+    found = [find_status(node) for node, _ in attached_devices()]
+    return [status for status in found if status is not None and status.backs(file)]
+
+
 def attached_devices() -> list[tuple[Path, Path]]:
     """Every attached loop device and the name of its backing file, as the kernel spells it."""
     found = []
