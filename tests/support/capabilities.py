@@ -48,4 +48,29 @@ def tools() -> str:
     return ""
 
 
-PROBES: Final[dict[str, Callable[[], str]]] = {"root": root, "fuse": fuse, "tools": tools}
+@functools.cache
+def docker() -> str:
+    """A dockerd that still has the devicemapper driver, and what it needs to run containers."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    packages = {
+        "dockerd": "docker.io",
+        "docker": "docker.io",
+        "containerd": "containerd",
+        "runc": "runc",
+        "dmsetup": "dmsetup",
+        "busybox": "busybox-static",
+    }
+    for tool, package in packages.items():
+        if shutil.which(tool, path=path) is None:
+            return f"{tool} is not installed (Debian: {package})"
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return "/sys/fs/cgroup is no cgroup version 2"
+    return ""
+
+
+PROBES: Final[dict[str, Callable[[], str]]] = {
+    "root": root,
+    "fuse": fuse,
+    "tools": tools,
+    "docker": docker,
+}
