@@ -9,6 +9,10 @@ packages=(
   util-linux mount fdisk  # losetup, fstrim, blkdiscard, blkid for the tests
   thin-provisioning-tools # thin_check, thin_dump, thin_restore: the oracle of the tests
   fio qemu-utils          # verify under load; the peer of the benchmark
+  user-mode-linux kmod    # a kernel with dm-thin as a process, for the tests; modprobe in it
+  busybox-static          # halt there, where no init system is installed
+  dmsetup udev lvm2       # devices made by hand, udevadm and udevd, pools of LVM
+  libdevmapper1.02.1      # the library that the kernel engine calls
   debootstrap zstd        # the demo's root file system; the graphs in tests/data
 )
 missing=()

@@ -68,9 +68,28 @@ def docker() -> str:
     return ""
 
 
+@functools.cache
+def uml() -> str:
+    """A kernel with dm-thin as a process: User Mode Linux."""
+    from tests.uml import boot
+
+    return boot.missing()
+
+
+@functools.cache
+def kernel() -> str:
+    """The kernel's device mapper with its thin-pool target."""
+    control = "/dev/mapper/control"
+    if not os.path.exists(control):
+        return f"{control} does not exist: this kernel has no device mapper"
+    return ""
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "root": root,
     "fuse": fuse,
     "tools": tools,
+    "kernel": kernel,
     "docker": docker,
+    "uml": uml,
 }

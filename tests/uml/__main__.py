@@ -1,0 +1,94 @@
+"""`python -m tests.uml`: a shell in a guest; `python -m tests.uml run [options] -- COMMAND`."""
+
+import argparse
+import os
+import shutil
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.uml.boot import HERE, Machine, Terminal, missing
+from tests.uml.guest import LostKernel, run_in_uml, running
+
+
+def main() -> int:
+    options = _options().parse_args()
+    reason = missing()
+    if reason:
+        print(f"uml: {reason}", file=sys.stderr)
+        return 1
+    machine = Machine(
+        memory=options.mem,
+        disk=options.disk,
+        udev=options.udev,
+        cgroup=options.cgroup,
+        writable=tuple(path.resolve() for path in options.out),
+        environment=dict(word.split("=", 1) for word in options.env),
+        directory=Path.cwd(),
+    )
+    try:
+        if options.action == "run":
+            return run_in_uml(options.command, machine, timeout=options.timeout)
+        return _shell(machine)
+    except LostKernel as err:
+        print(f"uml: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _shell(machine: Machine) -> int:
+    if not sys.stdin.isatty():
+        print("uml: standard input is no terminal; see `run`", file=sys.stderr)
+        return 2
+    size = shutil.get_terminal_size()
+    terminal = Terminal(name=os.environ.get("TERM", "vt100"), rows=size.lines, columns=size.columns)
+    argv = ["bash", "--rcfile", str(HERE / "shell.bash"), "-i"]
+    with _terminal_kept(), running(argv, machine, output=terminal) as guest:
+        return guest.wait()
+
+
+@contextmanager
+def _terminal_kept() -> Iterator[None]:
+    """The kernel makes the terminal raw, and can't undo that if it is killed."""
+    before = termios.tcgetattr(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.uml", description=__doc__)
+    parser.set_defaults(action="shell")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--mem", default="3G", help="memory (default 3G)")
+    common.add_argument("--disk", type=_mebibytes, default=0, help="ext4 at /scratch, like 4G")
+    common.add_argument("--udev", action="store_true", help="with udevd")
+    common.add_argument("--cgroup", action="store_true", help="with cgroup2 in /sys/fs/cgroup")
+    common.add_argument(
+        "--out", type=Path, action="append", default=[], help="folder that the guest may write"
+    )
+    common.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    for name, value in vars(common.parse_args([])).items():
+        parser.set_defaults(**{name: value})
+    actions = parser.add_subparsers()
+    actions.add_parser("shell", parents=[common], help="a shell (the default)")
+    run = actions.add_parser("run", parents=[common], help="one command, its output and status")
+    run.add_argument("--timeout", type=float, help="seconds after which it is ended")
+    run.add_argument("command", nargs="+")
+    run.set_defaults(action="run")
+    return parser
+
+
+def _mebibytes(text: str) -> int:
+    units = {"M": 1, "G": 1024}
+    if text[-1:] not in units or not text[:-1].isdigit():
+        raise argparse.ArgumentTypeError("a number with M or G")
+    return int(text[:-1]) * units[text[-1]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2 @@
+# What the shell of `python -m tests.uml` reads at its start
+PS1='uml:\w# '
