@@ -1,6 +1,6 @@
 """The operations of tests/suites/graphdriver, and of Docker's own benchmarks, with our driver.
 
-`bench_docker_ours.py HOME TARGET LAYERS RUNS OPTION...`: tools/bench_docker.py starts it in a guest.
+`bench_docker_ours.py HOME TARGET LAYERS RUNS OPTION...`: bench_docker.py starts it in a guest.
 """
 
 import cProfile

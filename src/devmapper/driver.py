@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
 
 from devmapper.deviceset.deviceset import DeviceSet
-from devmapper.deviceset.home import private_home, release_home
+from devmapper.deviceset.home import PrivateHome
 from devmapper.deviceset.names import LayerId, file_name, layer_id
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
@@ -71,6 +71,7 @@ class Driver:
 
     def __init__(self, devices: DeviceSet) -> None:
         self.devices = devices
+        self._private_home = PrivateHome(devices.home, devices.exclusive)
 
     def __str__(self) -> str:
         return "devicemapper"
@@ -124,13 +125,13 @@ class Driver:
         if not self.devices.has_device(layer):
             raise LayerNotFound(layer)
         path = self._mount_point(layer)
-        with private_home(self.home, self.devices.exclusive):
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            try:
-                self.devices.mount_device(layer, path, mount_label)
-            except BaseException:
-                self._remove_mount_point(layer)
-                raise
+        self._private_home.pin()
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            self.devices.mount_device(layer, path, mount_label)
+        except BaseException:
+            self._remove_mount_point(layer)
+            raise
         try:
             _prepare_root(layer, path)
         except BaseException:
@@ -141,10 +142,8 @@ class Driver:
     def put(self, id: str) -> None:  # noqa: A002 - the seed's name
         """Take back one `get`; the last one unmounts the layer and removes its mount point."""
         layer = layer_id(id)
-        self.devices.unmount_device(layer)
-        if not self.devices.is_mounted(layer):
+        if self.devices.unmount_device(layer) == 0:
             self._remove_mount_point(layer)
-            release_home(self.home)
 
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
         return self.devices.has_device(layer_id(id))
@@ -253,11 +252,13 @@ class Driver:
     def cleanup(self) -> None:
         """Unmount every layer, let go of the pool, and undo the private mount of the home."""
         self.devices.shutdown()
-        release_home(self.home, seconds=1.0)
+        self._private_home.release(seconds=1.0)
 
     def close(self) -> None:
         """Let go of the graph; what is mounted stays mounted.  Idempotent."""
-        self.devices.close()
+        if self.devices.is_open:
+            self.devices.close()
+            self._private_home.release()
 
     def _mount_point(self, layer: str) -> Path:
         return self.devices.home / "mnt" / layer

@@ -85,9 +85,12 @@ class LayerMounts:
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         info = self.info(layer)
-        if info is None or not blockdev.is_block_device(info.path):
+        if info is None or info.open_count == 0:  # a mount is a user
             return None
-        places = mount.mounts_of(blockdev.device_number(info.path))
+        try:
+            places = mount.mounts_of(blockdev.device_number(info.path))
+        except FileNotFoundError:
+            return None  # its node went meanwhile
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
@@ -140,7 +143,7 @@ class LayerMounts:
                 self._undo_activation(layer)
 
     def _mount(self, layer: LayerId, device: Path, path: Path, label: str) -> None:
-        if mount.is_mount_point(path):
+        if mount.is_mount_root(path):
             raise LayerBusy(file_name(layer), [f"another mount at {str(path)!r}"])
         try:
             fs_type = blockdev.probe_fs_type(device)

@@ -156,11 +156,14 @@ class DeviceSet:
         users = self._mounts.mount(layer, Path(path), mount_label)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
-    def unmount_device(self, hash: str) -> None:  # noqa: A002 - the seed's name
-        """Take back one `mount_device`; the last one unmounts and deactivates."""
+    def unmount_device(self, hash: str) -> int:  # noqa: A002 - the seed's name
+        """Take back one `mount_device`; the last one unmounts and deactivates.
+
+        Returns how many are left.
+        """
         layer = internal_layer_id(hash)
         self._known(layer)
-        self._mounts.unmount(layer)
+        return self._mounts.unmount(layer)
 
     def has_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
         return self._find(internal_layer_id(hash)) is not None

@@ -20,9 +20,21 @@ _libc.mount.argtypes = [
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _STATFS_BUFFER: Final = 512  # struct statfs takes 120 bytes on 64-bit machines
+_STATX_BUFFER: Final = 256  # linux/stat.h: struct statx
+_STATX_ATTRIBUTES: Final = struct.Struct("=8xQ40xQ")  # stx_attributes, stx_attributes_mask
+_STATX_ATTR_MOUNT_ROOT: Final = 0x2000
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h
 
 
@@ -62,6 +74,20 @@ def statfs_type(path: str) -> int:
     _check(_libc.statfs(os.fsencode(path), buffer), "statfs", path)
     (f_type,) = struct.unpack_from("@L", buffer)
     return int(f_type) & 0xFFFFFFFF
+
+
+def is_mount_root(path: str) -> bool | None:
+    """Whether *path* itself, no link followed, is the root of a mount, by statx(2).
+
+    None where the kernel cannot tell (before Linux 5.8).
+    """
+    buffer = ctypes.create_string_buffer(_STATX_BUFFER)
+    result = _libc.statx(_AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, 0, buffer)
+    _check(result, "statx", path)
+    attributes, known = _STATX_ATTRIBUTES.unpack_from(buffer)
+    if not known & _STATX_ATTR_MOUNT_ROOT:
+        return None
+    return bool(attributes & _STATX_ATTR_MOUNT_ROOT)
 
 
 def syncfs(fd: int) -> None:

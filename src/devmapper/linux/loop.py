@@ -202,8 +202,19 @@ def find_by_inode(file: os.stat_result) -> list[LoopStatus]:
 
     Opens every attached device for a moment, unlike `find_by_backing_file`.
     """
-    found = [find_status(node) for node, _ in attached_devices()]
-    return [status for status in found if status is not None and status.backs(file)]
+    found = []
+    for node, _ in attached_devices():
+        try:
+            attached_to = find_status(node)
+        except OSError as err:
+            # The status comes with attributes of the backing file, which a dead file system (FUSE
+            # without its server) does not give: it is not the caller's file, whose were read
+            if err.errno not in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ESTALE):
+                raise
+            continue
+        if attached_to is not None and attached_to.backs(file):
+            found.append(attached_to)
+    return found
 
 
 def attached_devices() -> list[tuple[Path, Path]]:
