@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test soak demo bench clean-leftovers
+.PHONY: help setup check fmt lint unit test soak demo bench bench-docker clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 
 bench: $(STAMP) ## layers, mounts and fio beside a plain loop device and qcow2
 	$(PY) tools/bench.py
+
+bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User Mode Linux
+	$(PY) tools/bench_docker.py
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

@@ -159,19 +159,13 @@ def diff_apply(driver: Driver, clock: Clock, runs: int) -> None:
 
 def deep(driver: Driver, clock: Clock, runs: int) -> None:
     driver.create("deep-0")
-    fill(driver, "deep-0", three_files(50) | {"testfile.txt": b"test content"})
+    fill(driver, "deep-0", three_files(50))
     for number in range(1, 21):
         driver.create(f"deep-{number}", f"deep-{number - 1}")
         fill(driver, f"deep-{number}", {f"layer-{number}/id": b"id", "top-id": b"top"})
     for _ in range(runs):
         with clock.time("DeepDiff20"):
             read_diff(driver, "deep-20")
-    root = Path(driver.get("deep-20"))
-    for _ in range(runs):
-        with clock.time("DeepRead20"):
-            found = (root / "testfile.txt").read_bytes()
-        assert found == b"test content"
-    driver.put("deep-20")
 
 
 def main() -> None:
