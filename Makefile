@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test soak demo bench bench-docker clean-leftovers
+.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-docker clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ fmt: $(STAMP) ## format the code
 
 test: $(STAMP) lint ## everything; what this machine cannot run is named at the end
 	$(PY) -m pytest -q tests
+
+test-kernel: $(STAMP) ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
+	$(PY) -m pytest -m kernel tests $(ARGS)
+
+shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
+	@$(PY) -m tests.uml
 
 soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs
 	MODEL_STEPS=5000 KILLS=100 $(PY) -m pytest -q --timeout 7200 tests/crash tests/unit/t4_metadata.py

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import capabilities
+from tests.uml.plugin import KernelTier
 
 _LEFT_OUT: Counter[str] = Counter()
-_REQUIRED = frozenset(filter(None, os.environ.get("REQUIRE", "").split(",")))
+_REQUIRED = capabilities.required()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(KernelTier(config))
     # A shell ignores it for what it runs in the background, and commands under test inherit that
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +61,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("tiers left out on this machine")
         for reason, count in sorted(_LEFT_OUT.items()):
             terminalreporter.line(f"{reason} ({count} tests)")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that has the machine's device mapper for itself leaves nothing in the kernel."""
+    if request.node.get_closest_marker("kernel") is None:
+        yield
+        return
+    from tests.support import kernel_state
+
+    before = kernel_state.held()
+    yield
+    left = kernel_state.left_since(before)
+    kernel_state.take_away(left)
+    assert left == [], f"left behind: {', '.join(map(str, left))}"
 
 
 @pytest.fixture(autouse=True)

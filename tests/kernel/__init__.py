@@ -1,0 +1,1 @@
+"""What only the kernel's own device mapper can tell; runs in a guest, see tests/uml."""

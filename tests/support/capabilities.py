@@ -11,6 +11,17 @@ from collections.abc import Callable
 from typing import Final
 
 LOOP_CTL_GET_FREE: Final = 0x4C82
+KERNEL_TESTS: Final = "KERNEL_TESTS"  # environment: "here" where they run without User Mode Linux
+
+
+def required() -> frozenset[str]:
+    """The tiers of which no test may be skipped: `REQUIRE=root,fuse` in the environment."""
+    return frozenset(filter(None, os.environ.get("REQUIRE", "").split(",")))
+
+
+def kernel_tests_run_here() -> bool:
+    """Whether this machine's own kernel is meant for the tests with the marker `kernel`."""
+    return os.environ.get(KERNEL_TESTS) == "here"
 
 
 @functools.cache
@@ -76,20 +87,10 @@ def uml() -> str:
     return boot.missing()
 
 
-@functools.cache
-def kernel() -> str:
-    """The kernel's device mapper with its thin-pool target."""
-    control = "/dev/mapper/control"
-    if not os.path.exists(control):
-        return f"{control} does not exist: this kernel has no device mapper"
-    return ""
-
-
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "root": root,
     "fuse": fuse,
     "tools": tools,
-    "kernel": kernel,
     "docker": docker,
     "uml": uml,
 }

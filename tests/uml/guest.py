@@ -39,7 +39,7 @@ class GuestTimedOut(LostKernel):
 class Guest:
     """A running guest; made by `running`."""
 
-    def __init__(self, lines: Callable[[str], None]) -> None:
+    def __init__(self, lines: Callable[[str | None], None]) -> None:
         self._lines = lines
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
@@ -127,6 +127,7 @@ class Guest:
                     self._status = int(rest)
                 else:
                     self._lines(line)
+        self._lines(None)
 
     def _join(self) -> None:
         # Each process of the guest holds the pipes' other ends: their end is the last one's end
@@ -142,13 +143,14 @@ def running(
     machine: Machine,
     *,
     output: Callable[[bytes], None] | Terminal,
-    lines: Callable[[str], None] = lambda _: None,
+    lines: Callable[[str | None], None] = lambda _: None,
 ) -> Iterator[Guest]:
     """A guest that runs *argv*; it is ended with the block.
 
     *output* takes what the command prints as it comes, or is our terminal, which the command gets
-    for its own; *lines* takes each line that is written to /dev/ttyS1 there.  Both are called in
-    threads of ours.  The guest lives no longer than the thread that enters this.
+    for its own; *lines* takes each line that is written to /dev/ttyS1 there, and None when no more
+    will come.  Both are called in threads of ours.  The guest lives no longer than the thread that
+    enters this.
     """
     guest = Guest(lines)
     fds: list[int] = []

@@ -29,7 +29,7 @@ fi
 if [ -n "$UDEV" ]; then
   mkdir -p /run/udev
   /lib/systemd/systemd-udevd --daemon
-  udevadm trigger
+  udevadm trigger --subsystem-match=block
   udevadm settle --timeout=60
 fi
 if [ -n "$DISK" ]; then
