@@ -166,10 +166,11 @@ def test_docker_is_killed_while_a_container_runs(docker):
     """The container goes on without dockerd; its layer is mounted, and we work beside it."""
     docker.start()
     import_first(docker)
-    script = "echo $$ >/started; while :; do sleep 1; done"
+    script = "echo $$ >/started; echo running; while :; do sleep 1; done"
     docker.docker("run", "--detach", "--name=c1", "--network=none", "first", "sh", "-c", script)
     docker.docker("create", "--name=c2", "--network=none", "first", "cat", "/one")
     busy, idle = docker.layer_of("c1"), docker.layer_of("c2")
+    assert docker.first_line_of("c1") == "running"
     docker.kill(containers=False)
 
     import devmapper

@@ -113,6 +113,20 @@ class Dockerd:
         assert done.returncode == 0 or not check, f"docker {arguments[0]}: {words}\n{self.tail()}"
         return done.stdout.decode().removesuffix("\n") if done.returncode == 0 else words
 
+    def first_line_of(self, container: str) -> str:
+        """What a running container prints first, however long that takes to come."""
+        following = subprocess.Popen(
+            ["docker", "--host", f"unix://{self._socket}", "logs", "--follow", container],
+            stdout=subprocess.PIPE,
+            env={**_environment(), "DOCKER_CONFIG": str(self._run / "config")},
+        )
+        with following:
+            assert following.stdout is not None
+            try:
+                return following.stdout.readline().decode().removesuffix("\n")
+            finally:
+                following.kill()
+
     def export(self, container: str, target: Path) -> Path:
         """What `docker export` says of a container, in the file *target*."""
         self.docker("export", "--output", str(target), container)

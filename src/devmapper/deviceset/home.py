@@ -37,11 +37,16 @@ class PrivateHome:
         self._pin: int | None = None
 
     def pin(self) -> None:
-        """Make the home private, and keep it so until `release`."""
+        """Make the home private, and keep it so until `release`.
+
+        A home below which something is mounted already stays as it is: the bind would hide that.
+        So are the layers of a Docker that was killed: 20.10 binds its data root instead.
+        """
         with self._mutex:
             if self._pin is None:
                 with self._exclusive():
-                    self._pin = _bind_and_open(self._home)
+                    if mount.is_mount_point(self._home) or not _has_mounts_below(self._home):
+                        self._pin = _bind_and_open(self._home)
 
     def release(self, *, seconds: float = 0.0) -> None:
         """Let go of it, and undo it unless somebody needs it.  Idempotent."""
