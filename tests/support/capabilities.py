@@ -48,4 +48,17 @@ def tools() -> str:
     return ""
 
 
-PROBES: Final[dict[str, Callable[[], str]]] = {"root": root, "fuse": fuse, "tools": tools}
+@functools.cache
+def kernel() -> str:
+    """The kernel's device mapper with thin-pool: what the kernel engine needs."""
+    from devmapper.engine.kernel import requirements
+
+    return requirements.lacking()
+
+
+PROBES: Final[dict[str, Callable[[], str]]] = {
+    "root": root,
+    "fuse": fuse,
+    "tools": tools,
+    "kernel": kernel,
+}
