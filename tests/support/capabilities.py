@@ -87,10 +87,19 @@ def uml() -> str:
     return boot.missing()
 
 
+@functools.cache
+def kernel() -> str:
+    """The kernel's device mapper with thin-pool: what the kernel engine needs."""
+    from devmapper.engine.kernel import requirements
+
+    return requirements.lacking()
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "root": root,
     "fuse": fuse,
     "tools": tools,
     "docker": docker,
     "uml": uml,
+    "kernel": kernel,
 }

@@ -97,7 +97,7 @@ class TestOpening:
 
     def test_nor_by_another_process(self, table):
         code = (
-            "import sys; from devmapper.engine.embedded.device_lock import device_lock;"
+            "import sys; from devmapper.engine.device_lock import device_lock;"
             "from pathlib import Path\n"
             "with device_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
         )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from devmapper.engine import select
+from devmapper.engine.activation import TRANSITIONS, Event, next_state
 from devmapper.engine.embedded import requirements, runtime
-from devmapper.engine.embedded.activation import TRANSITIONS, Event, next_state
 from devmapper.engine.port import Activation
 from devmapper.errors import EngineError, EnvironmentLacking, ThinBusy, UsageError
 from devmapper.linux import process

@@ -21,7 +21,7 @@ from devmapper import errors
 from devmapper.cli import border, main
 from devmapper.cli.output import new_file, printable
 from devmapper.cli.settings import Settings
-from devmapper.engine.embedded.device_lock import device_lock
+from devmapper.engine.device_lock import device_lock
 from devmapper.thin import format as layout
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.format import BLOCK_SIZE

@@ -14,7 +14,7 @@ from devmapper.deviceset.options import (
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.engine.port import Engine, PoolTable, ThinPool
 from devmapper.errors import EnvironmentLacking, PoolMismatch, PoolNotFound, UsageError
-from devmapper.linux import blockdev
+from devmapper.linux import blockdev, loop
 from devmapper.linux.files import allocated_bytes, make_sparse, sync_directory
 from devmapper.thin.format import BLOCK_SIZE, Superblock
 from devmapper.units import SECTOR_SIZE, Bytes, data_block_size
@@ -33,8 +33,8 @@ class Backing(NamedTuple):
     loop_file: Path | None  # the file in the graph's home, unless the user named a device
 
     def loop_file_of(self, device: Path) -> str:
-        """The loop file if the pool's half is on *device*, which is that file; else ""."""
-        if self.loop_file is None or os.path.realpath(self.loop_file) != os.path.realpath(device):
+        """The loop file if *device* is that file, or the loop device on it; else ""."""
+        if self.loop_file is None or not _stands_on(device, self.loop_file):
             return ""
         return str(self.loop_file)
 
@@ -195,6 +195,16 @@ def _check_block_size(wanted: Bytes | None, found: Bytes) -> None:
             f"pool has blocks of {found} bytes, but dm.blocksize asks for {wanted}",
             hint="leave dm.blocksize out: it is chosen when a pool is made",
         )
+
+
+def _stands_on(device: Path, file: Path) -> bool:
+    if os.path.realpath(file) == os.path.realpath(device):
+        return True
+    try:
+        status = loop.find_status(device)
+        return status is not None and status.backs(file.stat())
+    except OSError:  # no loop device (ENOTTY), or no file any more
+        return False
 
 
 def _size(path: Path) -> Bytes:

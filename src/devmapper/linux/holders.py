@@ -27,7 +27,7 @@ def holders(device: Path) -> list[str]:
     """
     number = device_number(device)
     found: list[str] = [f"mounted at {str(m.mount_point)!r}" for m in mount.mounts_of(number)]
-    found += [f"block device {name}" for name in _stacked_devices(number)]
+    found += [f"block device {name}" for name in stacked_devices(number)]
     deadline = time.monotonic() + _MAX_SECONDS
     own_namespace = _link(Path("/proc/self/ns/mnt"))
     seen_namespaces = {own_namespace}
@@ -77,10 +77,15 @@ def _open_names(process: Path) -> Iterator[str]:
 
 
 def _names_of(device: Path) -> frozenset[str]:
-    return frozenset({str(device), os.path.realpath(device)})
+    names = {str(device), os.path.realpath(device)}
+    with suppress(OSError):  # another node of the same device, such as /dev/dm-0
+        kernel_name = Path(f"/sys/dev/block/{device_number(device)}").readlink().name
+        names.add(f"/dev/{kernel_name.replace('!', '/')}")
+    return frozenset(names)
 
 
-def _stacked_devices(number: DeviceNumber) -> list[str]:
+def stacked_devices(number: DeviceNumber) -> list[str]:
+    """The block devices that stand on a block device, by the kernel's names."""
     try:
         return sorted(os.listdir(f"/sys/dev/block/{number}/holders"))
     except OSError:

@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from fcntl import ioctl
 from pathlib import Path
@@ -84,20 +84,45 @@ def attach(
     Direct I/O is a wish: where the file system cannot, the kernel leaves it off (`status` tells).
     ENODEV if the machine has no loop devices or has run out of them.
     """
+    with _attached_open(
+        backing, direct_io=direct_io, read_only=read_only, autoclear=autoclear
+    ) as node:
+        return node
+
+
+@contextmanager
+def attached_until_unused(
+    backing: Path, *, direct_io: bool = True, read_only: bool = False
+) -> Iterator[Path]:
+    """A loop device that goes away with its last user, of which this context is one.
+
+    Who shall keep it has to open it meanwhile.  Killed or not, nothing is left behind.
+    """
+    with _attached_open(backing, direct_io=direct_io, read_only=read_only, autoclear=True) as node:
+        yield node
+
+
+@contextmanager
+def _attached_open(
+    backing: Path, *, direct_io: bool, read_only: bool, autoclear: bool
+) -> Iterator[Path]:
     flags = (_LO_FLAGS_READ_ONLY if read_only else 0) | (_LO_FLAGS_AUTOCLEAR if autoclear else 0)
     mode = os.O_RDONLY if read_only else os.O_RDWR
     with opened(backing, mode) as fd:
         for _ in range(_ATTACH_TRIES):
             node = _free_node()
-            try:
-                _configure(node, fd, backing, flags, mode, direct_io=direct_io)
-            except OSError as err:
-                # Somebody else was faster (EBUSY), or removed the device (ENXIO, ENODEV)
-                if err.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
-                    raise
-                time.sleep(_RACE_PAUSE_SECONDS)
-            else:
-                return node
+            with ExitStack() as stack:
+                try:
+                    device = stack.enter_context(opened(node, mode))
+                    _configure(device, node, fd, backing, flags, direct_io=direct_io)
+                except OSError as err:
+                    # Somebody else was faster (EBUSY), or removed the device (ENXIO, ENODEV)
+                    if err.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
+                        raise
+                else:
+                    yield node
+                    return
+            time.sleep(_RACE_PAUSE_SECONDS)
     raise OSError(errno.ENODEV, "no free loop device", str(_CONTROL))
 
 
@@ -269,29 +294,28 @@ def _free_node() -> Path:
 
 
 def _configure(
-    node: Path, fd: int, backing: Path, flags: int, mode: int, *, direct_io: bool
+    device: int, node: Path, fd: int, backing: Path, flags: int, *, direct_io: bool
 ) -> None:
-    with opened(node, mode) as device:
-        wanted = flags | (_LO_FLAGS_DIRECT_IO if direct_io else 0)
-        config = _CONFIG_HEAD.pack(fd, 0) + _info(backing, wanted) + _CONFIG_RESERVED
-        try:
-            ioctl(device, _LOOP_CONFIGURE, config)
-        except OSError as err:
-            if err.errno not in (errno.EINVAL, errno.ENOTTY):
-                message = f"LOOP_CONFIGURE for {str(backing)!r}: {err.strerror}"
-                raise OSError(err.errno, message, str(node)) from err
-        else:
-            return
-        # Before Linux 5.8 there are only the separate steps
-        _ioctl(device, _LOOP_SET_FD, fd, "LOOP_SET_FD", node)
-        try:
-            _ioctl(device, _LOOP_SET_STATUS64, _info(backing, flags), "LOOP_SET_STATUS64", node)
-            if direct_io:
-                with suppress(OSError):  # a wish, as with LOOP_CONFIGURE
-                    ioctl(device, _LOOP_SET_DIRECT_IO, 1)
-        except OSError:
-            ioctl(device, _LOOP_CLR_FD)
-            raise
+    wanted = flags | (_LO_FLAGS_DIRECT_IO if direct_io else 0)
+    config = _CONFIG_HEAD.pack(fd, 0) + _info(backing, wanted) + _CONFIG_RESERVED
+    try:
+        ioctl(device, _LOOP_CONFIGURE, config)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTTY):
+            message = f"LOOP_CONFIGURE for {str(backing)!r}: {err.strerror}"
+            raise OSError(err.errno, message, str(node)) from err
+    else:
+        return
+    # Before Linux 5.8 there are only the separate steps
+    _ioctl(device, _LOOP_SET_FD, fd, "LOOP_SET_FD", node)
+    try:
+        _ioctl(device, _LOOP_SET_STATUS64, _info(backing, flags), "LOOP_SET_STATUS64", node)
+        if direct_io:
+            with suppress(OSError):  # a wish, as with LOOP_CONFIGURE
+                ioctl(device, _LOOP_SET_DIRECT_IO, 1)
+    except OSError:
+        ioctl(device, _LOOP_CLR_FD)
+        raise
 
 
 def _info(backing: Path, flags: int) -> bytes:

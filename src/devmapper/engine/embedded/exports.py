@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from devmapper.engine.embedded.activation import Event, next_state
+from devmapper.engine.activation import Event, next_state
 from devmapper.engine.embedded.export import Export
 from devmapper.engine.embedded.pool import EmbeddedPool, ThinDevice
 from devmapper.engine.embedded.records import ExportedDevice

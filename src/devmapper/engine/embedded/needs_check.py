@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from devmapper.engine.embedded.device_lock import device_lock
+from devmapper.engine.device_lock import device_lock
 from devmapper.engine.port import Outcome
 from devmapper.errors import IntegrityError
 from devmapper.thin.blocks import FileDevice

@@ -49,16 +49,17 @@ def device_lock(path: Path, *, read_only: bool = False) -> Iterator[None]:
 
 
 def _check_kernel(path: Path, found: os.stat_result) -> None:
-    """`PoolBusy` if the kernel may write to the device, as it does for a pool of its own.
+    """`PoolBusy` if the kernel uses the device, as it does for a pool of its own.
 
-    Two writers would destroy the pool.  A dockerd that was killed leaves its pool active.
+    Two writers would destroy the pool.  A dockerd that was killed leaves its pool active.  A loop
+    device that stands on the file unused does no harm.
     """
     if stat.S_ISBLK(found.st_mode):
         if loop.is_open_exclusively(path):
             raise PoolBusy(path, "a device or file system of the kernel")
         return
     for node in loop.find_by_inode(found):
-        if not node.read_only:
+        if not node.read_only and loop.is_open_exclusively(node.path):
             raise PoolBusy(path, f"the kernel, by way of {node.path}")
 
 
