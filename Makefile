@@ -5,7 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers clean-leftovers
+.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
+.PHONY: bench-docker clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +51,9 @@ bench: $(STAMP) ## layers, mounts and fio beside a plain loop device and qcow2
 
 bench-layers: $(STAMP) ## a thousand layers: what the 10th, 100th and 1000th take, and opening them all
 	$(PY) tools/bench_layers.py --engine $(or $(ENGINE),auto)
+
+bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User Mode Linux
+	$(PY) tools/bench_docker.py
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

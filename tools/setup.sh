@@ -14,6 +14,7 @@ packages=(
   busybox-static          # halt there, where no init system is installed
   dmsetup udev lvm2       # devices made by hand, udevadm and udevd, pools of LVM
   libdevmapper1.02.1      # the library that the kernel engine calls
+  docker.io containerd runc # the last dockerd with the devicemapper driver: hand-over in the guest
   debootstrap zstd        # the demo's root file system; the graphs in tests/data
 )
 missing=()

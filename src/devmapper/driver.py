@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from devmapper.deviceset.deletion import Deletion
 from devmapper.deviceset.deviceset import DeviceSet
-from devmapper.deviceset.home import private_home, release_home
+from devmapper.deviceset.home import PrivateHome
 from devmapper.deviceset.id_maps import IdMap, container_root
 from devmapper.deviceset.layer_options import parse_layer_options
 from devmapper.deviceset.layer_root import ROOTFS, make_owned, prepare_root
@@ -80,6 +80,7 @@ class Driver:
 
     def __init__(self, devices: DeviceSet) -> None:
         self.devices = devices
+        self._private_home = PrivateHome(devices.home, devices.exclusive)
 
     def __str__(self) -> str:
         return "devicemapper"
@@ -135,14 +136,14 @@ class Driver:
         if not self.devices.has_device(layer):
             raise LayerNotFound(layer)
         path = self._mount_point(layer)
-        with private_home(self.home, self.devices.exclusive):
-            for directory in (path.parent, path):
-                make_owned(directory, 0o755, self.devices.owner)
-            try:
-                self.devices.mount_device(layer, path, mount_label)
-            except BaseException:
-                self._remove_mount_point(layer)
-                raise
+        self._private_home.pin()
+        for directory in (path.parent, path):
+            make_owned(directory, 0o755, self.devices.owner)
+        try:
+            self.devices.mount_device(layer, path, mount_label)
+        except BaseException:
+            self._remove_mount_point(layer)
+            raise
         try:
             prepare_root(layer, path, self.devices.owner)
         except BaseException:
@@ -153,10 +154,8 @@ class Driver:
     def put(self, id: str) -> None:  # noqa: A002 - the seed's name
         """Take back one `get`; the last one unmounts the layer and removes its mount point."""
         layer = layer_id(id)
-        self.devices.unmount_device(layer)
-        if not self.devices.is_mounted(layer):
+        if self.devices.unmount_device(layer) == 0:
             self._remove_mount_point(layer)
-            release_home(self.home)
 
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
         return self.devices.has_device(layer_id(id))
@@ -265,11 +264,13 @@ class Driver:
     def cleanup(self) -> None:
         """Unmount every layer, let go of the pool, and undo the private mount of the home."""
         self.devices.shutdown()
-        release_home(self.home, seconds=1.0)
+        self._private_home.release(seconds=1.0)
 
     def close(self) -> None:
         """Let go of the graph; what is mounted stays mounted.  Idempotent."""
-        self.devices.close()
+        if self.devices.is_open:
+            self.devices.close()
+            self._private_home.release()
 
     def _mount_point(self, layer: str) -> Path:
         return self.devices.home / "mnt" / layer

@@ -104,7 +104,7 @@ class EngineSuite:
         yield file
 
     def grow(self, device: Path, size: Bytes) -> None:
-        """Let what `backing` made be as large as *size*, as far as the engine does not."""
+        """Let what `backing` made have *size* bytes, as the administrator would."""
         os.truncate(device, size)
 
     # The pool under test
@@ -346,6 +346,7 @@ class EngineSuite:
             info = pool.info("origin")
             assert info is not None
             assert info.state is Activation.ACTIVE
+        # Whether a plain open counts as a user is the engine's affair
         assert pool.info("origin") == info._replace(open_count=0)
         assert pool.deactivate("origin") is Outcome.DONE
 

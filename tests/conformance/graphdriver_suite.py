@@ -492,18 +492,23 @@ class GraphDriverSuite(RemovalCases, SizesAndMounts):
                 self.open(home)
         assert not (home / "devicemapper").exists()
 
-    def test_the_home_is_private_while_a_layer_is_mounted(self, driver):
+    def test_the_home_is_private_from_the_first_mount_to_the_end(self, driver):
         driver.create("one")
+        assert not mount.is_mount_point(driver.home)
         driver.get("one")
         (entry,) = [m for m in mount.mountinfo() if m.mount_point == driver.home]
         assert entry.optional == ()
         driver.create("two")
         driver.get("two")
         driver.put("one")
-        assert mount.is_mount_point(driver.home)
         assert devmapper.mounted(driver.home / "mnt" / "two")
-        driver.put("two")
+        driver.close()
+        assert mount.is_mount_point(driver.home)
+        with self.open(driver.home) as other:
+            assert other.devices.is_mounted("two")
+            other.put("two")
         assert not mount.is_mount_point(driver.home)
+        self.open(driver.home).cleanup()
 
     def test_a_home_that_the_user_mounted_stays_mounted(self, tmp_path):
         source = tmp_path / "source"

@@ -22,9 +22,12 @@ mount.mount("proc", root / "proc", "proc")
 os.chroot(root)
 os.chdir("/")
 assert not home.is_bound_onto_itself(place)
-with home.private_home(place, nullcontext):
-    assert home.is_bound_onto_itself(place)
+private = home.PrivateHome(place, nullcontext)
+private.pin()
+assert home.is_bound_onto_itself(place)
 home.release_home(place)
+assert home.is_bound_onto_itself(place)
+private.release()
 assert not mount.is_mount_point(place)
 """
 

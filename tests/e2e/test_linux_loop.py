@@ -40,6 +40,16 @@ def test_attached_device_says_what_it_is(backing: Path) -> None:
     assert loop.find_status(device) is None or not loop.status(device).backs(backing.stat())
 
 
+def test_a_device_is_found_by_the_file_whatever_its_name(backing: Path) -> None:
+    other = backing.with_name("hard link")
+    other.hardlink_to(backing)
+    with loop.attached(other) as device:
+        (found,) = loop.find_by_inode(backing.stat())
+        assert found.path == device
+        assert loop.find_by_inode(backing.parent.stat()) == []
+    assert loop.find_by_inode(backing.stat()) == []
+
+
 def test_detaching_twice(backing: Path) -> None:
     device = loop.attach(backing)
     assert loop.detach(device) is Detached.GONE

@@ -52,9 +52,18 @@ def test_a_bind_mount_is_a_mount_point_of_the_same_file_system(tmp_path: Path, p
     try:
         assert not mount.mounted(point)
         assert mount.is_mount_point(point)
+        assert mount.is_mount_root(point)
+        link = tmp_path / "link"
+        link.symlink_to(point)
+        assert not mount.is_mount_root(link)
+        (source / "below").mkdir()
+        assert not mount.is_mount_root(point / "below")
     finally:
         mount.unmount(point)
     assert not mount.is_mount_point(point)
+    assert not mount.is_mount_root(point)
+    with pytest.raises(FileNotFoundError):
+        mount.is_mount_root(tmp_path / "missing")
 
 
 def test_making_a_directory_private_happens_once(point: Path) -> None:

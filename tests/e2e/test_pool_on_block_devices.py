@@ -11,7 +11,7 @@ from devmapper.engine.embedded.data_file import DataFile
 from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.port import PoolTable
 from devmapper.errors import PoolBusy
-from devmapper.linux import loop
+from devmapper.linux import blockdev, loop
 from devmapper.units import MIB, Bytes, ThinId
 from tests.support.pattern import PatternStomper
 from tests.support.pools import BLOCK, assert_clean, make_table, raises_errno, read, write
@@ -79,3 +79,14 @@ def test_devices_that_are_in_use_are_refused(disks: PoolTable) -> None:
             EmbeddedPool.open(disks)
         with raises_errno(errno.EBUSY):
             os.close(os.open(disks.data_device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_pool_that_the_kernel_uses_is_refused(tmp_path: Path) -> None:
+    """An active kernel pool holds its loop devices; the name of the file does not matter."""
+    table = make_table(tmp_path)
+    other = tmp_path / "other name"
+    other.hardlink_to(table.metadata_device)
+    with loop.attached(other) as node:
+        with blockdev.opened(node, os.O_RDWR | os.O_EXCL), pytest.raises(PoolBusy, match=str(node)):
+            EmbeddedPool.open(table)
+        EmbeddedPool.open(table).close()

@@ -1,4 +1,4 @@
-"""The conformance suites on the kernel's device mapper."""
+"""The conformance suites on the kernel's device mapper, with loop devices made here."""
 
 import os
 from collections.abc import Iterator

@@ -60,6 +60,26 @@ def tools() -> str:
 
 
 @functools.cache
+def docker() -> str:
+    """A dockerd that still has the devicemapper driver, and what it needs to run containers."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    packages = {
+        "dockerd": "docker.io",
+        "docker": "docker.io",
+        "containerd": "containerd",
+        "runc": "runc",
+        "dmsetup": "dmsetup",
+        "busybox": "busybox-static",
+    }
+    for tool, package in packages.items():
+        if shutil.which(tool, path=path) is None:
+            return f"{tool} is not installed (Debian: {package})"
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return "/sys/fs/cgroup is no cgroup version 2"
+    return ""
+
+
+@functools.cache
 def uml() -> str:
     """A kernel with dm-thin as a process: User Mode Linux."""
     from tests.uml import boot
@@ -67,9 +87,19 @@ def uml() -> str:
     return boot.missing()
 
 
+@functools.cache
+def kernel() -> str:
+    """The kernel's device mapper with thin-pool: what the kernel engine needs."""
+    from devmapper.engine.kernel import requirements
+
+    return requirements.lacking()
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "root": root,
     "fuse": fuse,
     "tools": tools,
+    "docker": docker,
     "uml": uml,
+    "kernel": kernel,
 }

@@ -45,13 +45,19 @@ class Ended(NamedTuple):
 class Command:
     """`devmapper` with one home and its options."""
 
-    def __init__(self, home: Path, options: tuple[str, ...] = SMALL) -> None:
+    def __init__(
+        self, home: Path, options: tuple[str, ...] = SMALL, *, engine: str = "auto"
+    ) -> None:
         self.home = home
         self.options = options
+        self.engine = engine
 
     def argv(self, *words: object, options: tuple[str, ...] = ()) -> list[str]:
         chosen = [f"--storage-opt={option}" for option in (*self.options, *options)]
-        return [*PROGRAM, "--root", str(self.home), *chosen, *map(str, words)]
+        return [
+            *PROGRAM, "--root", str(self.home), "--engine", self.engine, *chosen,
+            *map(str, words),
+        ]  # fmt: skip
 
     def start(self, *words: object, **kwargs: Any) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(self.argv(*words), **kwargs)

@@ -181,4 +181,9 @@ def test_a_lock_ends_with_its_process_and_names_it(tmp_path: Path) -> None:
         child.kill()
         child.wait()
         lock.acquire(timeout=2)
+        assert lock.holder().startswith(f"process {os.getpid()} (")
         lock.release()
+        written = path.stat().st_mtime_ns
+        lock.acquire()
+        lock.release()
+        assert path.stat().st_mtime_ns == written  # the name was there already

@@ -95,9 +95,12 @@ class LayerMounts:
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         info = self.info(layer)
-        if info is None or not blockdev.is_block_device(info.path):
+        if info is None or info.open_count == 0:  # a mount is a user
             return None
-        places = mount.mounts_of(blockdev.device_number(info.path))
+        try:
+            places = mount.mounts_of(blockdev.device_number(info.path))
+        except FileNotFoundError:
+            return None  # its node went meanwhile
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:

@@ -169,10 +169,11 @@ class DeviceSet:
         users = self._mounts.mount(layer, Path(path), mount_label)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
-    def unmount_device(self, hash: str) -> None:  # noqa: A002 - the seed's name
+    def unmount_device(self, hash: str) -> int:  # noqa: A002 - the seed's name
         """Take back one `mount_device`; the last one unmounts and deactivates.
 
-        It is also how the last user of a layer leaves whose deletion was put off.
+        Returns how many are left.  It is also how the last user of a layer leaves whose deletion
+        was put off.
         """
         layer = internal_layer_id(hash)
         record = self._graph.store.load(layer)
@@ -181,6 +182,7 @@ class DeviceSet:
         left = self._mounts.unmount(layer)
         if record.deleted and left == 0:
             self._deletions.complete([layer])
+        return left
 
     def has_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
         return self._find(internal_layer_id(hash)) is not None

@@ -1,14 +1,16 @@
 """The home of a graph as a private mount: what is mounted below it stays in this namespace.
 
 Without that every layer would also be mounted in each container that starts, and its device would
-stay busy after we have unmounted it.  moby binds the home onto itself when its driver starts; here
-that lasts from the first mounted layer to the last one.
+stay busy after we have unmounted it.  moby binds the home onto itself from its driver's start to
+its end; here that lasts from the first layer that is mounted until the graph is closed, or, if
+layers stay mounted then, until the last one is not.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from devmapper.deviceset.busy import retry_while_busy
@@ -18,23 +20,45 @@ from devmapper.linux.blockdev import DeviceNumber
 Exclusive = Callable[[], AbstractContextManager[None]]
 
 
-@contextmanager
-def private_home(home: Path, exclusive: Exclusive) -> Iterator[None]:
-    """Make the home private for the duration, and for as long as something is mounted below it.
+class PrivateHome:
+    """The private mount of one graph's home, as one process uses it; any thread may call.
 
-    *exclusive* keeps other processes from doing the same: a second bind would hide what is mounted
-    below the first.
+    A descriptor inside of it keeps other processes from undoing it.
     """
-    with exclusive():
-        pin = _bind_and_open(home)
-    try:
-        yield
-    finally:
-        os.close(pin)
+
+    def __init__(self, home: Path, exclusive: Exclusive) -> None:
+        """*exclusive* keeps other processes from doing the same.
+
+        A second bind would hide what is mounted below the first.
+        """
+        self._home = home
+        self._exclusive = exclusive
+        self._mutex = threading.Lock()
+        self._pin: int | None = None
+
+    def pin(self) -> None:
+        """Make the home private, and keep it so until `release`.
+
+        A home below which something is mounted already stays as it is: the bind would hide that.
+        So are the layers of a Docker that was killed: 20.10 binds its data root instead.
+        """
+        with self._mutex:
+            if self._pin is None:
+                with self._exclusive():
+                    if mount.is_mount_point(self._home) or not _has_mounts_below(self._home):
+                        self._pin = _bind_and_open(self._home)
+
+    def release(self, *, seconds: float = 0.0) -> None:
+        """Let go of it, and undo it unless somebody needs it.  Idempotent."""
+        with self._mutex:
+            pin, self._pin = self._pin, None
+        if pin is not None:
+            os.close(pin)
+        release_home(self._home, seconds=seconds)
 
 
 def release_home(home: Path, *, seconds: float = 0.0) -> None:
-    """Undo `private_home` unless something is mounted below the home, or has a file of it open.
+    """Undo the private mount unless something is mounted below the home, or has a file of it open.
 
     Not under the graph's lock, whose own file is below the home.  The kernel decides: as long as
     another process has the home pinned, unmounting is EBUSY.

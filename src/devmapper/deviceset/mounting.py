@@ -25,7 +25,7 @@ def mount_layer(layer: LayerId, device: Path, path: Path, options: Options, labe
     `MountFailed` says what the system call said, and what the kernel's log said meanwhile (moby
     adds the end of dmesg, whatever it is about).
     """
-    if mount.is_mount_point(path):
+    if mount.is_mount_root(path):
         raise LayerBusy(file_name(layer), [f"another mount at {str(path)!r}"])
     fs_type = ""
     with kernel_log() as said:

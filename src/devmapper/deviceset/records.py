@@ -257,10 +257,19 @@ def read_fields(path: Path, *, limit: int = _MAX_FILE) -> Fields | None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise RecordCorrupt(path, "it is not a regular file")
-        raw = file.read(limit + 1)
+        # Records are replaced, never written to: the size of an open one does not change
+        raw = b""
+        while len(raw) < min(found.st_size, limit + 1):
+            piece = os.read(fd, limit + 1 - len(raw))
+            if not piece:
+                break
+            raw += piece
+    finally:
+        os.close(fd)
     if len(raw) > limit:
         raise RecordCorrupt(path, f"it is larger than {limit} bytes")
     try:

@@ -1,7 +1,5 @@
 """Which engine serves a pool on this machine."""
 
-import os
-from pathlib import Path
 from typing import Final, Literal
 
 from devmapper.engine.port import Engine
@@ -9,7 +7,7 @@ from devmapper.errors import EnvironmentLacking
 
 Preference = Literal["auto", "kernel", "embedded"]
 
-CONTROL: Final = Path("/dev/mapper/control")
+_HINT: Final = "leave out --engine, or use --engine embedded"
 
 
 def choose_engine(preference: Preference) -> Engine:
@@ -24,10 +22,7 @@ def choose_engine(preference: Preference) -> Engine:
 
             return KernelEngine()
         if preference == "kernel":
-            raise EnvironmentLacking(
-                f"the kernel engine cannot be used: {lacking}",
-                hint="leave out --engine, or use --engine embedded",
-            )
+            raise EnvironmentLacking(f"the kernel engine cannot be used: {lacking}", hint=_HINT)
     from devmapper.engine.embedded import requirements
     from devmapper.engine.embedded.client import EmbeddedEngine
 
@@ -37,16 +32,6 @@ def choose_engine(preference: Preference) -> Engine:
 
 def kernel_lacks() -> str:
     """Why the kernel's device mapper cannot be used; empty if it can."""
-    if os.geteuid() != 0:
-        return "only root can use it"
-    # Before libdevmapper is looked for: this is asked on machines that have neither
-    if not CONTROL.exists() and not _misc_has_device_mapper():
-        return "this kernel has no device mapper (module dm_mod)"
-    from devmapper.engine.kernel.requirements import lacking
+    from devmapper.engine.kernel import requirements
 
-    return lacking()
-
-
-def _misc_has_device_mapper() -> bool:
-    with open("/proc/misc", encoding="ascii") as file:
-        return any(line.split()[1:] == ["device-mapper"] for line in file)
+    return requirements.lacking()

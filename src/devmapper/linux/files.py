@@ -1,13 +1,14 @@
 """Regular files: durable replacement, locks between processes, sparse files and their holes."""
 
 import errno
+import functools
 import os
 import shlex
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fcntl import F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
 from pathlib import Path
 from struct import Struct
@@ -24,6 +25,7 @@ _FALLOC_FL_ZERO_RANGE: Final = 0x10
 _FLOCK: Final = Struct("@hhlli4x")  # struct flock of 64-bit Linux: type whence start len pid
 _LOCK_POLL_SECONDS: Final = 0.05
 _HOLDER_LIMIT: Final = 4096
+_MKSTEMP_MODE: Final = 0o600
 
 # Magic numbers and names as Docker's graphdriver.FsNames lists them (linux/magic.h).
 _FILE_SYSTEMS: Final[dict[int, str]] = {
@@ -52,18 +54,23 @@ def save_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     Durable when it returns.  The temporary file stands in the same directory and its name starts
     with `.tmp`, which Docker skips when it loads records.
     """
-    fd, temporary = tempfile.mkstemp(prefix=".tmp", dir=path.parent)
+    # Plain calls instead of objects: this is done several times for each layer that is made
+    directory = os.path.dirname(path)
+    fd, temporary = tempfile.mkstemp(prefix=".tmp", dir=directory)
     try:
-        with open(fd, "wb") as file:
-            os.fchmod(fd, mode)
-            file.write(data)
-            file.flush()
+        try:
+            if mode != _MKSTEMP_MODE:
+                os.fchmod(fd, mode)
+            _write_all(fd, data)
             os.fsync(fd)
-        Path(temporary).rename(path)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
-    sync_directory(path.parent)
+    sync_directory(directory)
 
 
 def unlink_durably(path: Path, *, missing_ok: bool = False) -> None:
@@ -76,13 +83,19 @@ def unlink_durably(path: Path, *, missing_ok: bool = False) -> None:
     sync_directory(path.parent)
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: Path | str) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def make_sparse(path: Path, size: Bytes) -> None:
@@ -240,12 +253,21 @@ def _wait_for_lock(fd: int, kind: int, timeout: float, path: Path) -> None:
 
 
 def _write_holder(fd: int) -> None:
+    text = _own_name(os.getpid())
+    # Mostly it was this process as well that had the lock last
+    if os.pread(fd, len(text) + 1, 0) == text:
+        return
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text, 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_name(pid: int) -> bytes:
+    """This process, whose id is the key: a child that was forked has another."""
     try:
         with open("/proc/self/cmdline", "rb") as file:
             words = file.read().rstrip(b"\0").split(b"\0")
     except OSError:
         words = []
     command = shlex.join(word.decode(errors="replace") for word in words)
-    text = f"process {os.getpid()} ({command})\n".encode()[:_HOLDER_LIMIT]
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, text, 0)
+    return f"process {pid} ({command})\n".encode()[:_HOLDER_LIMIT]

@@ -32,7 +32,7 @@ def holders(device: Path) -> list[str]:
     number = device_number(device)
     points = [str(entry.mount_point) for entry in mount.mounts_of(number)]
     found: list[str] = [f"mounted at {point!r}" for point in points]
-    found += [f"block device {name}" for name in _stacked_devices(number)]
+    found += [f"block device {name}" for name in stacked_devices(number)]
     within = _Within(device, points)
     found += [f"loop device {str(node)!r} on {name!r}" for node, name in _loop_devices(within)]
     found += [f"swap on {name!r}" for name in _swaps(within)]
@@ -108,7 +108,8 @@ def _mapped_file(process: Path, number: DeviceNumber) -> str | None:
     return None
 
 
-def _stacked_devices(number: DeviceNumber) -> list[str]:
+def stacked_devices(number: DeviceNumber) -> list[str]:
+    """The block devices that stand on a block device, by the kernel's names."""
     try:
         return sorted(os.listdir(f"/sys/dev/block/{number}/holders"))
     except OSError:

@@ -20,6 +20,13 @@ _libc.mount.argtypes = [
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _libc.statx.argtypes = [
@@ -31,11 +38,14 @@ _libc.statx.argtypes = [
 ]
 
 _STATFS_BUFFER: Final = 512  # struct statfs takes 120 bytes on 64-bit machines
+_STATX_BUFFER: Final = 256  # linux/stat.h: struct statx
+_STATX_ATTRIBUTES: Final = struct.Struct("=8xQ40xQ")  # stx_attributes, stx_attributes_mask
+_STATX_ATTR_MOUNT_ROOT: Final = 0x2000
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h
-_STATX_BUFFER: Final = 256  # struct statx of linux/stat.h
 _STATX_MODE: Final = struct.Struct("=28xH")
 _STATX_DEVICES: Final = struct.Struct("=128x4I")  # rdev, then dev, each major and minor
-_AT_FDCWD: Final = -100  # linux/fcntl.h
 _AT_STATX_DONT_SYNC: Final = 0x4000
 _AT_NO_AUTOMOUNT: Final = 0x800
 
@@ -89,6 +99,20 @@ def cached_devices(path: str) -> tuple[int, tuple[int, int], tuple[int, int]]:
     (mode,) = _STATX_MODE.unpack_from(buffer)
     node_major, node_minor, major, minor = _STATX_DEVICES.unpack_from(buffer)
     return mode, (major, minor), (node_major, node_minor)
+
+
+def is_mount_root(path: str) -> bool | None:
+    """Whether *path* itself, no link followed, is the root of a mount, by statx(2).
+
+    None where the kernel cannot tell (before Linux 5.8).
+    """
+    buffer = ctypes.create_string_buffer(_STATX_BUFFER)
+    result = _libc.statx(_AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, 0, buffer)
+    _check(result, "statx", path)
+    attributes, known = _STATX_ATTRIBUTES.unpack_from(buffer)
+    if not known & _STATX_ATTR_MOUNT_ROOT:
+        return None
+    return bool(attributes & _STATX_ATTR_MOUNT_ROOT)
 
 
 def syncfs(fd: int) -> None:

@@ -11,12 +11,11 @@ the one ioctl that waits for I/O, SUSPEND, runs without it.
 
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint16, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
 from enum import IntEnum, IntFlag
@@ -122,7 +121,7 @@ class _Versions(ctypes.Structure):
 _SIGNATURES: Final[dict[str, tuple[list[Any], Any]]] = {
     "dm_get_library_version": ([c_char_p, c_size_t], c_int),
     "dm_get_next_target": (
-        [pointer] * 2 + [POINTER(c_uint64)] * 2 + [POINTER(c_char_p)] * 2,
+        [pointer, pointer, *[POINTER(c_uint64)] * 2, *[POINTER(c_char_p)] * 2],
         pointer,
     ),
     "dm_hold_control_dev": ([c_int], None),
@@ -144,7 +143,6 @@ _SIGNATURES: Final[dict[str, tuple[list[Any], Any]]] = {
     "dm_task_set_name": ([pointer, c_char_p], c_int),
     "dm_task_set_ro": ([pointer], c_int),
     "dm_task_set_sector": ([pointer, c_uint64], c_int),
-    "dm_task_skip_lockfs": ([pointer], c_int),
     "dm_task_update_nodes": ([], None),
     "dm_udev_create_cookie": ([POINTER(c_uint32)], c_int),
     "dm_udev_get_sync_support": ([], c_int),
@@ -198,12 +196,8 @@ class Task:
         self._check(self._lib.dm_task_set_ro(self._raw))
 
     def no_flush(self) -> None:
-        """STATUS: no commit first.  SUSPEND: I/O that waits goes on waiting."""
+        """STATUS: as things are, without a commit first."""
         self._check(self._lib.dm_task_no_flush(self._raw))
-
-    def skip_lockfs(self) -> None:
-        """SUSPEND: without freezing a file system first."""
-        self._check(self._lib.dm_task_skip_lockfs(self._raw))
 
     def defer(self) -> None:
         """REMOVE: a device in use goes away when its last user closes it."""
@@ -371,13 +365,10 @@ def _open_control(lib: ctypes.CDLL) -> None:
     if not raw:
         raise OSError(errno.ENODEV, "device mapper does not answer", str(CONTROL))
     lib.dm_task_destroy(raw)
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if Path(f"/proc/self/fd/{name}").readlink() == CONTROL:
-                flags = fcntl.fcntl(int(name), fcntl.F_GETFD)
-                fcntl.fcntl(int(name), fcntl.F_SETFD, flags | fcntl.FD_CLOEXEC)
-        except OSError:  # closed by another thread meanwhile, or the listing's own
-            continue
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed by another thread meanwhile, or the listing's own
+            if entry.readlink() == CONTROL:
+                os.set_inheritable(int(entry.name), False)  # noqa: FBT003 - its only form
 
 
 def _install_log(lib: ctypes.CDLL) -> None:

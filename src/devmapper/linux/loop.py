@@ -46,7 +46,6 @@ _CONTROL: Final = Path("/dev/loop-control")
 _DELETED: Final = " (deleted)"
 _ATTACH_TRIES: Final = 64
 _RACE_PAUSE_SECONDS: Final = 0.005
-_LOST_RACE: Final = frozenset({errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT})
 _NOT_ATTACHED: Final = frozenset({errno.ENXIO, errno.ENODEV, errno.ENOENT})
 
 
@@ -85,45 +84,45 @@ def attach(
     Direct I/O is a wish: where the file system cannot, the kernel leaves it off (`status` tells).
     ENODEV if the machine has no loop devices or has run out of them.
     """
+    with _attached_open(
+        backing, direct_io=direct_io, read_only=read_only, autoclear=autoclear
+    ) as node:
+        return node
+
+
+@contextmanager
+def attached_until_unused(
+    backing: Path, *, direct_io: bool = True, read_only: bool = False
+) -> Iterator[Path]:
+    """A loop device that goes away with its last user, of which this context is one.
+
+    Who shall keep it has to open it meanwhile.  Killed or not, nothing is left behind.
+    """
+    with _attached_open(backing, direct_io=direct_io, read_only=read_only, autoclear=True) as node:
+        yield node
+
+
+@contextmanager
+def _attached_open(
+    backing: Path, *, direct_io: bool, read_only: bool, autoclear: bool
+) -> Iterator[Path]:
     flags = (_LO_FLAGS_READ_ONLY if read_only else 0) | (_LO_FLAGS_AUTOCLEAR if autoclear else 0)
     mode = os.O_RDONLY if read_only else os.O_RDWR
     with opened(backing, mode) as fd:
         for _ in range(_ATTACH_TRIES):
             node = _free_node()
-            try:
-                _configure(node, fd, backing, flags, mode, direct_io=direct_io)
-            except OSError as err:
-                # Somebody else was faster (EBUSY), or removed the device (ENXIO, ENODEV)
-                if err.errno not in _LOST_RACE:
-                    raise
-                time.sleep(_RACE_PAUSE_SECONDS)
-            else:
-                return node
-    raise OSError(errno.ENODEV, "no free loop device", str(_CONTROL))
-
-
-@contextmanager
-def attached_while_open(backing: Path, *, direct_io: bool = False) -> Iterator[Path]:
-    """A loop device that goes away with its last user, kept open for the duration.
-
-    Whoever has opened it by then keeps it; if this process dies before, the kernel detaches it.
-    """
-    with opened(backing, os.O_RDWR) as fd:
-        for _ in range(_ATTACH_TRIES):
-            node = _free_node()
             with ExitStack() as stack:
                 try:
-                    held = stack.enter_context(opened(node, os.O_RDWR))
-                    _configure_open(
-                        held, node, fd, backing, _LO_FLAGS_AUTOCLEAR, direct_io=direct_io
-                    )
+                    device = stack.enter_context(opened(node, mode))
+                    _configure(device, node, fd, backing, flags, direct_io=direct_io)
                 except OSError as err:
-                    if err.errno not in _LOST_RACE:
+                    # Somebody else was faster (EBUSY), or removed the device (ENXIO, ENODEV)
+                    if err.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
                         raise
-                    time.sleep(_RACE_PAUSE_SECONDS)
-                    continue
-                yield node
-                return
+                else:
+                    yield node
+                    return
+            time.sleep(_RACE_PAUSE_SECONDS)
     raise OSError(errno.ENODEV, "no free loop device", str(_CONTROL))
 
 
@@ -223,6 +222,26 @@ def find_by_backing_file(backing: Path) -> list[Path]:
     return [node for node, name in attached_devices() if str(name).removesuffix(_DELETED) == wanted]
 
 
+def find_by_inode(file: os.stat_result) -> list[LoopStatus]:
+    """The loop devices on the file that *file* describes, under whatever name they were attached.
+
+    Opens every attached device for a moment, unlike `find_by_backing_file`.
+    """
+    found = []
+    for node, _ in attached_devices():
+        try:
+            attached_to = find_status(node)
+        except OSError as err:
+            # The status comes with attributes of the backing file, which a dead file system (FUSE
+            # without its server) does not give: it is not the caller's file, whose were read
+            if err.errno not in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ESTALE):
+                raise
+            continue
+        if attached_to is not None and attached_to.backs(file):
+            found.append(attached_to)
+    return found
+
+
 def attached_devices() -> list[tuple[Path, Path]]:
     """Every attached loop device and the name of its backing file, as the kernel spells it."""
     found = []
@@ -275,13 +294,6 @@ def _free_node() -> Path:
 
 
 def _configure(
-    node: Path, fd: int, backing: Path, flags: int, mode: int, *, direct_io: bool
-) -> None:
-    with opened(node, mode) as device:
-        _configure_open(device, node, fd, backing, flags, direct_io=direct_io)
-
-
-def _configure_open(
     device: int, node: Path, fd: int, backing: Path, flags: int, *, direct_io: bool
 ) -> None:
     wanted = flags | (_LO_FLAGS_DIRECT_IO if direct_io else 0)

@@ -26,7 +26,8 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
-from devmapper.errors import DevmapperError, EngineError, PoolMismatch, ThinBusy, UsageError
+from devmapper.engine.tables import absolute, check_same_table
+from devmapper.errors import DevmapperError, EngineError, ThinBusy, UsageError
 from devmapper.units import Bytes, ThinId, TransactionId
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class EmbeddedPoolClient:
         self._order("commit")
 
     def resize(self, table: PoolTable) -> None:
-        self._order("resize", table=_absolute(table))
+        self._order("resize", table=absolute(table))
 
     def export_metadata(self, target: Path) -> None:
         """Write a copy of the committed metadata to *target*, sparse and durable."""
@@ -308,9 +309,9 @@ class EmbeddedEngine:
         What a killed engine process left is cleared first.  `PoolMismatch` if the pool is active
         with other devices or sizes.
         """
-        wanted = _absolute(table)
+        wanted = absolute(table)
         if (pool := self.find_pool(name)) is not None:
-            _check_table(name, pool.table(), wanted)
+            check_same_table(name, pool.table(), wanted)
             return pool
         from devmapper.engine.embedded import leftovers, requirements, starting
 
@@ -318,7 +319,7 @@ class EmbeddedEngine:
         paths = runtime.paths_of(name)
         with runtime.start_lock(paths, _LOCK_SECONDS) as lock_fd:
             if (pool := self.find_pool(name)) is not None:
-                _check_table(name, pool.table(), wanted)
+                check_same_table(name, pool.table(), wanted)
                 return pool
             starting.await_end(paths, _END_SECONDS)
             leftovers.clear(paths)
@@ -381,21 +382,3 @@ def _busy(name: str, node: Path) -> ThinBusy:
     from devmapper.linux.holders import holders
 
     return ThinBusy(name, holders(node))
-
-
-def _absolute(table: PoolTable) -> PoolTable:
-    """The engine process has another working directory."""
-    return table._replace(
-        metadata_device=Path(os.path.realpath(table.metadata_device)),
-        data_device=Path(os.path.realpath(table.data_device)),
-    )
-
-
-def _check_table(name: str, active: PoolTable, wanted: PoolTable) -> None:
-    for field in ("metadata_device", "data_device", "data_size", "block_size", "read_only"):
-        found, expected = getattr(active, field), getattr(wanted, field)
-        if found != expected:
-            raise PoolMismatch(
-                f"pool {name!r} is active with {field} {str(found)!r}, expected {str(expected)!r}",
-                hint="stop its engine first: devmapper engine stop",
-            )

@@ -1,18 +1,16 @@
 """From a table line to open devices: every check that a pool gets before anything is written."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 from devmapper.engine.device_lock import device_lock
 from devmapper.engine.embedded.data_file import DataFile
 from devmapper.engine.port import PoolTable
-from devmapper.errors import PoolMismatch, UsageError
+from devmapper.engine.tables import check_table
+from devmapper.errors import PoolMismatch
 from devmapper.thin.blocks import FileDevice, MetadataDevice
 from devmapper.thin.metadata import PoolMetadata, is_blank
-from devmapper.units import data_block_size
 
 
 class PoolDevices(NamedTuple):
@@ -42,19 +40,6 @@ def opened(table: PoolTable) -> Iterator[PoolDevices]:
                 device.close()
         finally:
             data.close()
-
-
-def check_table(table: PoolTable) -> None:
-    data_block_size(table.block_size)
-    if table.data_size <= 0 or table.data_size % table.block_size:
-        raise UsageError(
-            f"size of the pool, {table.data_size} bytes, is not a multiple of its block size of"
-            f" {table.block_size} bytes"
-        )
-    if _is_same_device(table.metadata_device, table.data_device):
-        raise UsageError(
-            f"metadata and data of a pool cannot both be on {str(table.data_device)!r}"
-        )
 
 
 def check_data_size(table: PoolTable, data: DataFile) -> None:
@@ -96,10 +81,3 @@ def _open_metadata(table: PoolTable, device: MetadataDevice) -> PoolMetadata:
         grow(metadata, device, nr_data_blocks)
         metadata.release_data_blocks(metadata.commit())
     return metadata
-
-
-def _is_same_device(one: Path, other: Path) -> bool:
-    first, second = one.stat(), other.stat()
-    if first.st_rdev and first.st_rdev == second.st_rdev:
-        return True
-    return os.path.samestat(first, second)

@@ -20,6 +20,7 @@ from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.modes import NO_SPACE_TIMEOUT, PoolState
 from devmapper.engine.embedded.opening import PoolDevices
 from devmapper.engine.port import PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.tables import check_table
 from devmapper.errors import PoolFull, PoolMismatch, PoolUnusable, ThinBusy, UsageError
 from devmapper.thin.metadata import PoolMetadata
 from devmapper.units import SECTOR_SIZE, Bytes, ThinId, TransactionId
@@ -251,7 +252,7 @@ class EmbeddedPool:
             raise PoolUnusable(self._state.mode, str(err)) from err
 
     def _check_successor(self, table: PoolTable) -> None:
-        opening.check_table(table)
+        check_table(table)
         old = self._core.table
         kept = ("metadata_device", "data_device", "block_size", "read_only")
         differing = [name for name in kept if getattr(old, name) != getattr(table, name)]

@@ -16,27 +16,18 @@ because somebody may wait for it.
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from devmapper.engine.runtime_dir import (
-    ENVIRONMENT,
-    SUSPENSION,
-    NoLockFile,
-    byte_lock,
-    check_name,
-    make_private,
-    open_private,
-    pool_lock,
-    runtime_base,
-)
+from devmapper.engine import runtime as shared
+from devmapper.engine.runtime import ENVIRONMENT, SUSPENSION, check_name, runtime_base
 from devmapper.errors import EngineError
 
 if TYPE_CHECKING:
     from devmapper.linux.process import ProcessIdentity
 
-__all__ = ["ENVIRONMENT", "SUSPENSION", "check_name", "runtime_base"]
+__all__ = ["ENVIRONMENT", "SUSPENSION", "Paths", "check_name", "paths_of", "runtime_base"]
 
 
 class Paths(NamedTuple):
@@ -64,6 +55,10 @@ class Paths(NamedTuple):
     def device_locks(self) -> Path:
         return self.directory / "devices.lock"
 
+    @property
+    def start_lock(self) -> Path:
+        return shared.start_lock_of(self.directory)
+
     def exported(self, name: str) -> Path:
         """The file that stands for the device *name*."""
         return self.export / name
@@ -74,13 +69,13 @@ def paths_of(pool: str) -> Paths:
 
     The base is resolved, because sysfs names the backing files of loop devices that way.
     """
-    return Paths(Path(os.path.realpath(runtime_base())) / check_name(pool, "pool"))
+    return Paths(shared.directory_of(pool))
 
 
 def make_directories(paths: Paths) -> None:
     """Make the runtime directory and its base; refuse what somebody else may have prepared."""
-    make_private(paths.directory.parent)
-    make_private(paths.directory)
+    shared.make_private(paths.directory.parent)
+    shared.make_private(paths.directory)
     # Not looked at: a stale FUSE mount on it answers nothing but ENOTCONN
     with suppress(FileExistsError):
         paths.export.mkdir(mode=0o700)
@@ -103,27 +98,21 @@ def remove_directory(paths: Paths) -> None:
 
 @contextmanager
 def start_lock(paths: Paths, timeout: float) -> Iterator[int]:
-    """Only one process at a time starts or stops the engine of a pool.
-
-    Yields the descriptor: the engine process inherits it while it starts, so that the lock is held
-    even if its starter dies.
-    """
-    with pool_lock(paths.directory.parent, paths.directory.name, timeout, log=paths.log) as fd:
+    """Only one process at a time starts or stops the engine of a pool; see `shared.start_lock`."""
+    with shared.start_lock(paths.directory, timeout, log=paths.log) as fd:
         yield fd
 
 
 @contextmanager
 def device_lock(paths: Paths, name: str, *, part: int = 0, timeout: float = 60.0) -> Iterator[None]:
-    """Only one process, and one thread of it, at a time changes what stands on a device's file.
-
-    *part* SUSPENSION is a lock of its own, so that a suspended device can still be asked to
-    deactivate (and refuse).
-    """
-    try:
-        with byte_lock(paths.device_locks, name, part=part, timeout=timeout):
-            yield
-    except NoLockFile as err:
-        raise EngineError(f"pool {paths.directory.name!r} has no engine process") from err
+    """Only one process at a time changes what stands on a device's file."""
+    with ExitStack() as stack:
+        lock = shared.device_lock(paths.device_locks, name, part=part, timeout=timeout)
+        try:
+            stack.enter_context(lock)
+        except FileNotFoundError as err:
+            raise EngineError(f"pool {paths.directory.name!r} has no engine process") from err
+        yield
 
 
 def connect(paths: Paths, timeout: float) -> socket.socket:
@@ -178,7 +167,7 @@ def read_pid(paths: Paths) -> "ProcessIdentity | None":
 @contextmanager
 def _short_name(paths: Paths) -> Iterator[str]:
     """A name for the socket that fits the 108 bytes of `sun_path`, however deep the directory."""
-    fd = open_private(paths.directory)
+    fd = shared.open_private(paths.directory)
     try:
         yield f"/proc/self/fd/{fd}/{paths.socket.name}"
     finally:

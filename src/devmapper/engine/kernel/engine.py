@@ -1,141 +1,157 @@
-"""Pools of the kernel's device mapper: found, activated, deactivated."""
+"""Thin pools of the kernel's device mapper."""
 
 import errno
-import os
-from contextlib import ExitStack
-from pathlib import Path
+import logging
+from contextlib import suppress
 from typing import Final
 
 from devmapper.engine.device_lock import device_lock
-from devmapper.engine.kernel import preflight, targets, translation
+from devmapper.engine.kernel import (
+    busy,
+    devices,
+    diagnosis,
+    loops,
+    metadata_snap,
+    recovery,
+    tableline,
+)
+from devmapper.engine.kernel.devices import POOL_FLAGS
+from devmapper.engine.kernel.locks import PoolLocks
 from devmapper.engine.kernel.pool import KernelPool
 from devmapper.engine.port import EngineFeatures, Outcome, PoolTable
-from devmapper.engine.runtime_dir import check_name, pool_lock, runtime_base
-from devmapper.errors import PoolMismatch, ThinBusy
-from devmapper.linux import blockdev, dm, libdm, loop
-from devmapper.linux.libdm import TaskKind
+from devmapper.engine.runtime import check_name
+from devmapper.engine.tables import check_same_table, check_table
+from devmapper.errors import EngineError, PoolMismatch
+from devmapper.linux import dmnode, libdm
+from devmapper.linux.libdm import DeviceState, TaskKind
 
-_LOCK_SECONDS: Final = 180.0
-_DEFERRED_REMOVAL: Final = (4, 27)  # of the driver; moby `deviceset.go` determineDriverCapabilities
+log = logging.getLogger(__name__)
+
+_DEFERRED_REMOVAL: Final = (4, 27)  # dm's version, moby's rule
 
 
 class KernelEngine:
-    """Implements `devmapper.engine.port.Engine`."""
+    """Pools in the kernel; implements `devmapper.engine.port.Engine`."""
 
     def features(self) -> EngineFeatures:
         with libdm.task(TaskKind.VERSION) as task:
             task.run()
-            version = task.driver_version()
-        numbers = tuple(int(word) for word in version.split(".")[:2])
+            driver = task.driver_version()
+        major, minor, *_ = (int(part) for part in driver.split("."))
         return EngineFeatures(
             name="kernel",
             library_version=libdm.library_version(),
-            driver_version=version,
+            driver_version=driver,
             udev_sync=libdm.udev_sync_support(),
             udev_sync_needed=True,
-            deferred_removal=numbers >= _DEFERRED_REMOVAL,
+            deferred_removal=(major, minor) >= _DEFERRED_REMOVAL,
         )
 
     def find_pool(self, name: str) -> KernelPool | None:
-        """The pool if it is active; what dead processes left suspended in it goes on."""
-        check_name(name, "pool")
-        found = dm.find_table(name)
-        if found is None or not found.state.live_table:
-            return None
-        kinds = [target.kind for target in found.targets]
-        if kinds != [targets.POOL]:
-            raise PoolMismatch(
-                f"device {name!r} has a target {' '.join(kinds) or 'of none'!r}, expected"
-                f" {targets.POOL!r}",
-                hint="name a thin pool; with LVM that may be the name with -tpool at its end",
-            )
-        pool = KernelPool(name)
-        pool.recover()
-        return pool
+        """The pool if it is active; what a killed process has left suspended goes on.
 
-    def activate_pool(self, name: str, table: PoolTable) -> KernelPool:
-        """Make the pool's device; files get loop devices, which live as long as it does.
-
-        `PoolMismatch` if it is active with other devices or sizes, or if its metadata are of
-        another pool; `PoolBusy` if another engine has it open.
+        One ioctl, and a look at sysfs for each device on it.
         """
         check_name(name, "pool")
-        with pool_lock(Path(os.path.realpath(runtime_base())), name, _LOCK_SECONDS):
+        found = devices.find(name)
+        if found is None:
+            return None
+        if found.target is None:
+            return None  # made, but its maker was killed: `activate_pool` clears it
+        if found.target.kind != tableline.POOL:
+            raise PoolMismatch(
+                f"device {name!r} is no thin pool, but has a table of {found.target.kind!r}",
+                hint=f"see whose it is: dmsetup table {name}",
+            )
+        locks = PoolLocks(name)
+        recovery.resume_abandoned(name, found.state.number, locks)
+        return KernelPool(name, found.state.number, locks)
+
+    def activate_pool(self, name: str, table: PoolTable) -> KernelPool:
+        """The pool, made from its two devices; files get loop devices that go with it.
+
+        `PoolMismatch` if it is active with other devices or sizes, or if its metadata have others.
+        """
+        check_name(name, "pool")
+        check_table(table)
+        if (pool := self.find_pool(name)) is not None:
+            return _checked(pool, table)
+        locks = PoolLocks(name)
+        with locks.start():
             if (pool := self.find_pool(name)) is not None:
-                _check_table(pool, table)
-                return pool
-            preflight.check(table)
-            with ExitStack() as stack:
-                stack.enter_context(device_lock(table.metadata_device, read_only=table.read_only))
-                devices = table._replace(
-                    metadata_device=_as_block_device(table.metadata_device, stack),
-                    data_device=_as_block_device(table.data_device, stack),
-                )
-                self._create(name, devices)
-            return KernelPool(name)
+                return _checked(pool, table)
+            _clear_half_made(name)
+            with (
+                device_lock(table.metadata_device, read_only=table.read_only),
+                loops.block_devices(table) as real,
+            ):
+                _make(name, real)
+            metadata_snap.forget(locks.directory)
+            metadata_snap.release_left(name)
+            pool = self.find_pool(name)
+        if pool is None:
+            raise EngineError(f"pool {name!r} was removed while it was activated")
+        return pool
 
     def deactivate_pool(self, name: str) -> Outcome:
-        check_name(name, "pool")
-        with pool_lock(Path(os.path.realpath(runtime_base())), name, _LOCK_SECONDS):
+        """Remove the pool, which commits; idle devices go with it, and its loop devices.
+
+        `ThinBusy` if a device on it is in use; nothing was changed then.
+        """
+        locks = PoolLocks(check_name(name, "pool"))
+        if devices.find_state(name) is None and not locks.directory.exists():
+            return Outcome.ALREADY
+        with locks.start():
             pool = self.find_pool(name)
-            if pool is None:
-                return Outcome.ALREADY
-            devices = pool.devices()
-            for device in devices:
-                if device.open_count:
-                    with translation.of_removal(device.name, device.path):
-                        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), device.name)
-            for device in devices:
-                pool.deactivate(device.name)
-            try:
-                dm.remove(name)
-            except OSError as err:
-                if err.errno == errno.EBUSY:
-                    raise ThinBusy(name, dm.stacked_on(_number(name))) from err
-                raise translation.of_udev(err) from err
-            return Outcome.DONE
-
-    def _create(self, name: str, table: PoolTable) -> None:
-        target = targets.pool_target(table)
-        state = dm.find(name)
-        if state is not None and not state.live_table:  # its maker died before it had a table
-            dm.remove(name)
-        try:
-            dm.create(name, [target], flags=dm.POOL_FLAGS, read_only=table.read_only)
-        except OSError as err:
-            err.add_note(f"table: {target.start} {target.length} {target.kind} {target.params}")
-            raise translation.of_udev(err) from err
+            if pool is not None:
+                state = _check_idle(pool)
+                for info in pool.devices():
+                    pool.deactivate(info.name)
+                busy.remove(name, state.number)
+            metadata_snap.forget(locks.directory)
+            with suppress(OSError):  # none, or another engine's
+                locks.directory.rmdir()
+        return Outcome.ALREADY if pool is None else Outcome.DONE
 
 
-def _as_block_device(path: Path, stack: ExitStack) -> Path:
-    if blockdev.is_block_device(path):
-        return path
-    return stack.enter_context(loop.attached_while_open(path))
+def _make(name: str, table: PoolTable) -> None:
+    target = tableline.pool_target(table)
+    try:
+        made = devices.create(name, target, POOL_FLAGS, read_only=table.read_only)
+    except OSError as err:
+        raise diagnosis.explain(err, table) from err
+    if made is None:
+        raise PoolMismatch(f"device {name!r} appeared while pool {name!r} was activated")
+    log.info("activated pool %s on %s and %s", name, table.metadata_device, table.data_device)
 
 
-def _number(name: str) -> blockdev.DeviceNumber:
-    state = dm.find(name)
-    return blockdev.DeviceNumber(0, 0) if state is None else state.number
-
-
-def _check_table(pool: KernelPool, wanted: PoolTable) -> None:
+def _checked(pool: KernelPool, wanted: PoolTable) -> KernelPool:
     active = pool.table()
-    for field in ("metadata_device", "data_device", "data_size", "block_size", "read_only"):
-        found, expected = getattr(active, field), getattr(wanted, field)
-        if isinstance(expected, Path) and _stands_on(found, expected):
-            continue
-        if found != expected:
-            raise PoolMismatch(
-                f"pool {pool.name!r} is active with {field} {str(found)!r}, expected"
-                f" {str(expected)!r}",
-                hint="deactivate it first, or give the options that it was made with",
-            )
+    check_same_table(pool.name, active, loops.as_in(active, wanted))
+    return pool
 
 
-def _stands_on(device: Path, wanted: Path) -> bool:
-    """Whether *device* is *wanted*, or a loop device on that file."""
-    there = wanted.stat()
-    if blockdev.is_block_device(wanted):
-        return device.stat().st_rdev == there.st_rdev
-    status = loop.find_status(device) if device.name.startswith("loop") else None
-    return status is not None and status.backs(there)
+def _clear_half_made(name: str) -> None:
+    """Remove a device that never got a table: whoever made it was killed."""
+    state = devices.find_state(name)
+    if state is None or state.live_table:
+        return
+    try:
+        devices.remove(name)
+    except OSError as err:
+        if err.errno != errno.ENXIO:
+            raise
+
+
+def _check_idle(pool: KernelPool) -> DeviceState:
+    """Nobody uses the pool or a device on it, or `ThinBusy`."""
+    found = pool.devices()
+    for info in found:
+        if info.open_count:
+            raise busy.busy(info.name, info.path)
+    state = devices.find_state(pool.name)
+    if state is None:
+        raise EngineError(f"pool {pool.name!r} was removed while it was deactivated")
+    if state.open_count > len(dmnode.holders(state.number)):
+        raise busy.busy(pool.name)
+    return state

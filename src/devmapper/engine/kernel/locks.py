@@ -1,48 +1,69 @@
-"""Who changes a device of a pool now, among processes and threads.
+"""Locks of one pool among processes: who changes a device, who holds it suspended, who reads.
 
-`<runtime>/.devices-<pool>` has two bytes for each device (`runtime_dir.byte_lock`): one for making
-and removing it, one for suspending it.  The kernel lets go of a lock when its holder dies, so a
-suspended device whose lock is free was left by a dead process.
+All of them are bytes of the file beside the pool's runtime directory, which is never removed.  The
+kernel lets go of a lock when its holder dies, so a free lock beside a suspended device is the proof
+that whoever suspended it is dead.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from devmapper.engine.runtime_dir import SUSPENSION, byte_lock, make_private, runtime_base
-from devmapper.errors import EngineError
+from devmapper.engine import runtime
+from devmapper.engine.runtime import DeviceLocked, device_lock, make_private
 
-_SUSPENSION_SECONDS: Final = 180.0
+_METADATA: Final = 2 << 32
+_LOCK_SECONDS: Final = 180.0
 
 
-class DeviceLocks:
-    """The locks of one pool's devices."""
+class PoolLocks:
+    """The locks of one pool."""
 
     def __init__(self, pool: str) -> None:
-        base = Path(os.path.realpath(runtime_base()))
-        make_private(base)
-        self._file = base / f".devices-{pool}"
-
-    def device(self, name: str) -> AbstractContextManager[None]:
-        """Nobody else makes or removes the device meanwhile."""
-        return byte_lock(self._file, name)
-
-    def suspension(self, name: str) -> AbstractContextManager[None]:
-        """Nobody else has the device suspended meanwhile."""
-        return byte_lock(self._file, name, part=SUSPENSION, timeout=_SUSPENSION_SECONDS)
+        self.directory = runtime.directory_of(pool)
+        self._file = runtime.start_lock_of(self.directory)
 
     @contextmanager
-    def suspension_if_free(self, name: str) -> Iterator[bool]:
-        """`suspension` without waiting: whether it is ours."""
-        lock = byte_lock(self._file, name, part=SUSPENSION, timeout=0)
-        try:
-            lock.__enter__()
-        except EngineError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.__exit__(None, None, None)
+    def start(self) -> Iterator[None]:
+        """Held by whoever activates or deactivates the pool."""
+        with runtime.start_lock(self.directory, _LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def change(self, name: str) -> Iterator[None]:
+        """Held while the device *name* is activated, deactivated or being suspended."""
+        with self._held(name, 0, _LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def suspension(self, name: str) -> Iterator[None]:
+        """Held as long as the device *name* is suspended."""
+        with self._held(name, runtime.SUSPENSION, _LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def abandoned(self, name: str) -> Iterator[bool]:
+        """Whether nobody holds *name* suspended; then the lock is ours for the duration."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._held(name, runtime.SUSPENSION, 0.0))
+            except DeviceLocked:
+                yield False
+            else:
+                yield True
+
+    @contextmanager
+    def metadata(self) -> Iterator[None]:
+        """Held by whoever has the pool's metadata snap."""
+        with self._held("", _METADATA, _LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def _held(self, name: str, part: int, timeout: float) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(device_lock(self._file, name, part=part, timeout=timeout))
+            except FileNotFoundError:  # no base yet: the first use since the machine started
+                make_private(self._file.parent)
+                stack.enter_context(device_lock(self._file, name, part=part, timeout=timeout))
+            yield

@@ -1,333 +1,358 @@
-"""One active pool of the kernel's device mapper, and the thin devices on it."""
+"""A thin pool of the kernel's device mapper.
+
+Nothing is remembered that the kernel can be asked for: other processes and Docker work on the same
+pool.  Each operation says in its body how many ioctls it takes; they are what it costs.
+"""
 
 import errno
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import TypeVar
 
 from devmapper.engine.activation import Event, next_state
-from devmapper.engine.kernel import targets, translation
-from devmapper.engine.kernel.committed import DirectReader, read_committed
-from devmapper.engine.kernel.locks import DeviceLocks
+from devmapper.engine.kernel import (
+    busy,
+    devices,
+    errors,
+    loops,
+    metadata_snap,
+    queries,
+    recovery,
+    resizing,
+    tableline,
+)
+from devmapper.engine.kernel.devices import THIN_FLAGS, Found
+from devmapper.engine.kernel.locks import PoolLocks
+from devmapper.engine.kernel.metadata_device import DirectDevice
+from devmapper.engine.kernel.status import PoolLine, parse_pool
 from devmapper.engine.port import (
     Activation,
     DeviceInfo,
     Outcome,
+    PoolMode,
     PoolStatus,
     PoolTable,
     ThinStatus,
 )
-from devmapper.engine.runtime_dir import check_name
-from devmapper.errors import PoolMismatch, PoolNotFound, ThinBusy, ThinIdMissing
-from devmapper.linux import blockdev, dm, loop
-from devmapper.linux.blockdev import DeviceNumber
-from devmapper.linux.libdm import DeviceState, Target
-from devmapper.thin.format import DeviceDetails
-from devmapper.thin.walk import (
-    DETAILS,
-    DEVICES,
-    MAPPINGS,
-    highest_key,
-    lookup,
-    read_details,
-    read_superblock,
+from devmapper.engine.runtime import check_name
+from devmapper.errors import (
+    EngineError,
+    PoolMismatch,
+    ThinBusy,
+    ThinIdMissing,
+    TransactionConflict,
+    UsageError,
 )
+from devmapper.linux import blockdev, dmnode
+from devmapper.linux.blockdev import DeviceNumber
+from devmapper.linux.libdm import DeviceState
+from devmapper.thin.format import Superblock
 from devmapper.units import Bytes, ThinId, TransactionId, thin_id
 
-_LOOP: Final = "loop"
+T = TypeVar("T")
 
 
 class KernelPool:
-    """Implements `devmapper.engine.port.ThinPool`; made by `KernelEngine`.
+    """An active pool; implements `devmapper.engine.port.ThinPool`."""
 
-    Nothing is remembered of the pool but its name: the kernel is asked.
-    """
+    def __init__(self, name: str, number: DeviceNumber, locks: PoolLocks) -> None:
+        self.name = name
+        self._known_number = number
+        self._locks = locks
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._locks = DeviceLocks(name)
-
-    @property
-    def name(self) -> str:
-        return self._name
+    # The pool
 
     def table(self) -> PoolTable:
+        """One ioctl, and a look at sysfs for the names of the two devices."""
         line = self._line()
-        return line.table._replace(
-            metadata_device=dm.node_of_number(line.metadata_device),
-            data_device=dm.node_of_number(line.data_device),
-        )
+        metadata = dmnode.device_path(line.metadata_device)
+        return line.table(metadata, dmnode.device_path(line.data_device))
 
     def status(self) -> PoolStatus:
-        found = dm.find_status(self._name, no_flush=True)
-        return self._status(found)
+        """Two ioctls.  The pool commits first, as for moby, so that the numbers are of now."""
+        line = self._status(flush=True)
+        table = self._line()
+        free = line.total_data_blocks - line.used_data_blocks
+        return PoolStatus(
+            line.transaction_id,
+            line.used_metadata_blocks,
+            line.total_metadata_blocks,
+            line.used_data_blocks,
+            line.total_data_blocks,
+            table.block_size,
+            line.held_metadata_root,
+            line.mode,
+            line.needs_check,
+            line.error_if_no_space,
+            line.discard_passdown,
+            low_water_reached=line.mode is not PoolMode.FAIL and free <= table.low_water_mark,
+        )
 
     def thin_ids(self) -> list[ThinId]:
-        """From the metadata on disk, which every message has committed."""
-
-        def read(reader: DirectReader) -> list[ThinId]:
-            return [ThinId(key) for key in read_details(reader, read_superblock(reader))]
-
-        return read_committed(self._name, self._metadata_device(), read)
+        return self._ask_metadata(queries.thin_ids)
 
     def thin_status(self, thin_id: ThinId) -> ThinStatus:
-        dm.find_status(self._name, no_flush=False)  # what was written is counted after a commit
+        def question(device: DirectDevice, superblock: Superblock) -> ThinStatus:
+            return queries.thin_status(device, superblock, thin_id)
 
-        def read(reader: DirectReader) -> ThinStatus:
-            superblock = read_superblock(reader)
-            raw = lookup(reader, superblock.device_details_root, thin_id, DETAILS)
-            root = lookup(reader, superblock.data_mapping_root, thin_id, DEVICES)
-            if raw is None or root is None:
-                raise ThinIdMissing(thin_id)
-            details = DeviceDetails.unpack(raw)
-            return ThinStatus(
-                thin_id=thin_id,
-                mapped_blocks=details.mapped_blocks,
-                highest_mapped_block=highest_key(reader, int.from_bytes(root, "little"), MAPPINGS),
-                transaction_id=details.transaction_id,
-                creation_time=details.creation_time,
-                snapshotted_time=details.snapshotted_time,
-            )
-
-        return read_committed(self._name, self._metadata_device(), read)
+        return self._ask_metadata(question)
 
     def create_thin(self, thin_id: ThinId) -> None:
-        check_id(thin_id)
-        with translation.of_messages(self.status, new=thin_id):
-            dm.message(self._name, f"create_thin {thin_id}")
+        """One ioctl."""
+        self._message(f"create_thin {_id(thin_id)}", thin_id)
 
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
-        check_id(thin_id)
-        with translation.of_messages(self.status, new=thin_id, existing=origin):
-            dm.message(self._name, f"create_snap {thin_id} {origin}")
+        """One ioctl."""
+        try:
+            devices.message(self.name, f"create_snap {_id(thin_id)} {origin}")
+        except OSError as err:
+            if err.errno == errno.ENODATA:
+                raise ThinIdMissing(origin) from err
+            raise self._translated(err, thin_id) from err
 
     def delete(self, thin_id: ThinId) -> None:
-        with translation.of_messages(self.status, existing=thin_id):
-            dm.message(self._name, f"delete {thin_id}")
+        """One ioctl."""
+        try:
+            devices.message(self.name, f"delete {thin_id}")
+        except OSError as err:
+            if err.errno == errno.EBUSY:
+                raise self._active(thin_id) from err
+            raise self._translated(err, thin_id) from err
 
     def set_transaction_id(self, expected: TransactionId, new: TransactionId) -> None:
-        """The kernel says nothing of a commit that failed but in its mode, so that is looked at."""
-        with translation.of_transaction_id(self.status, expected):
-            dm.message(self._name, f"set_transaction_id {expected} {new}")
-        translation.check_usable(self.status())
+        """Two ioctls: the kernel commits after the message, but does not say whether that failed.
+
+        A pool whose commit fails goes back to the one before, so its status tells.
+        """
+        try:
+            devices.message(self.name, f"set_transaction_id {expected} {new}")
+        except OSError as err:
+            if err.errno == errno.EINVAL:
+                line = self._status(flush=False)
+                if line.mode is PoolMode.WRITE and line.transaction_id != expected:
+                    raise TransactionConflict(line.transaction_id, expected) from err
+            raise self._translated(err) from err
+        self._check_committed(new)
 
     def commit(self) -> None:
-        found = dm.find_status(self._name, no_flush=False)
-        translation.check_usable(self._status(found))
+        """One ioctl: asking for the status makes the pool commit, and shows whether it could."""
+        self._check_committed(None, flush=True)
 
     def resize(self, table: PoolTable) -> None:
-        """Load *table*; the kernel takes what the metadata device has grown by when it resumes.
-
-        The pool is suspended without flushing, so that a full one can grow while writes wait.
-        """
-        line = self._line()
-        now = line.table
-        kept = ("block_size", "read_only")
-        wrong = [field for field in kept if getattr(now, field) != getattr(table, field)]
-        if wrong or table.data_size < now.data_size:
-            what = " and ".join(wrong) or "data_size"
-            raise PoolMismatch(f"{what} of an active pool cannot change or shrink")
-        metadata = dm.node_of_number(line.metadata_device)
-        data = dm.node_of_number(line.data_device)
-        for node in (metadata, data):
-            if node.name.startswith(_LOOP):
-                loop.set_capacity(node)
-        size = blockdev.size(data)
-        if size < table.data_size:
-            raise PoolMismatch(
-                f"data device {str(data)!r} has {size} bytes, but the pool is to have"
-                f" {table.data_size}"
-            )
-        grown = table._replace(metadata_device=metadata, data_device=data)
-        with self._locks.device(self._name):
-            dm.reload(self._name, [targets.pool_target(grown)], read_only=table.read_only)
-            dm.suspend(self._name, no_flush=True, skip_lockfs=True)
-            dm.resume(self._name, flags=dm.POOL_FLAGS)
-        translation.check_usable(self.status(), writing=not table.read_only)
+        """Grow to *table*; I/O waits meanwhile and goes on, on every path."""
+        with self._locks.suspension(self.name):
+            resizing.resize(self.name, self.table(), table)
 
     def export_metadata(self, target: Path) -> None:
-        from devmapper.engine.kernel.metadata_copy import check_target, copy_committed
+        """Write a copy of the committed metadata to *target*, sparse and durable."""
+        from devmapper.engine.kernel import metadata_export
 
         table = self.table()
-        check_target(target, table.metadata_device, table.data_device)
-        dm.find_status(self._name, no_flush=False)
-        copy_committed(self._name, table.metadata_device, target)
+        if target.exists() and any(
+            path is not None and path.exists() and target.samefile(path)
+            for device in (table.metadata_device, table.data_device)
+            for path in (device, loops.backing_file(device))
+        ):
+            raise UsageError(f"{str(target)!r} is a device of the pool itself")
+        metadata_export.export(self, self._locks, table, target)
+
+    # Its devices
 
     def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
+        """Three ioctls: create, load, resume; and udev, where it runs."""
         check_name(name, "device")
-        target = targets.thin_target(dm.node_of(self._name), thin_id, size)
-        with self._locks.device(name), translation.of_activation(self.status, thin_id):
+        target = tableline.thin_target(self.name, _id(thin_id), size)
+        with self._locks.change(name):
             try:
-                return dm.create(name, [target])
+                path = devices.create(name, target, THIN_FLAGS)
+                if path is None:
+                    path = self._adopt(name, thin_id, size)
+                return path
             except OSError as err:
-                if err.errno != errno.EBUSY:
-                    raise
-            return self._activate_existing(name, thin_id, size, target)
+                raise self._translated(err, thin_id) from err
 
     def deactivate(self, name: str, *, deferred: bool = False) -> Outcome:
-        """Remove the device; one that a dead process has left suspended is resumed first."""
-        with self._locks.device(name):
-            state = dm.find(name)
+        """Two ioctls: what state it is in, and its removal."""
+        with self._locks.change(name):
+            state = devices.find_state(name)
             if state is None:
+                self._tidy_node(name)
                 return Outcome.ALREADY
-            if state.suspended:
-                self._resume_if_abandoned(name)
-            if deferred and state.deferred_remove:
+            if state.suspended and not recovery.resume_if_abandoned(name, self._locks):
+                next_state(name, Activation.SUSPENDED, Event.DEACTIVATE)
+            if not deferred:
+                busy.remove(name, state.number)
+            elif state.deferred_remove:
                 return Outcome.ALREADY
-            with translation.of_removal(name, dm.node_of(name)):
-                dm.remove(name, deferred=deferred)
+            elif not devices.remove_deferred(name, state):
+                self._note_leaving(name)
             return Outcome.DONE
 
     def cancel_deferred(self, name: str) -> Outcome:
-        with self._locks.device(name):
-            state = dm.find(name)
+        """Two ioctls."""
+        with self._locks.change(name):
+            state = devices.find_state(name)
             if state is None or not state.deferred_remove:
                 return Outcome.ALREADY
             try:
-                dm.message(name, "@cancel_deferred_remove")
+                devices.message(name, "@cancel_deferred_remove")
             except OSError as err:
-                if err.errno in (errno.ENXIO, errno.EBUSY):  # its last user has just closed it
+                if err.errno in (errno.ENXIO, errno.EBUSY):  # its last user was faster
                     return Outcome.ALREADY
                 raise
             return Outcome.DONE
 
     def info(self, name: str) -> DeviceInfo | None:
-        found = dm.find_table(name)
+        """One ioctl."""
+        found = devices.find(name)
         return None if found is None else self._info(name, found)
 
     def devices(self) -> list[DeviceInfo]:
-        found = (self.info(name) for name in dm.stacked_on(self._number()))
-        return [info for info in found if info is not None]
+        """One ioctl for each device of this pool, however many others there are."""
+        infos = (self.info(name) for name in dmnode.holders(self._number()))
+        return [info for info in infos if info is not None]
 
     @contextmanager
     def suspended(self, name: str) -> Iterator[None]:
-        """The kernel freezes the file system, in whichever namespace it is mounted, and drains I/O.
+        """Two ioctls.  The kernel freezes the file system, whatever namespace it is mounted in.
 
-        A process that dies meanwhile leaves the device suspended; the lock, which the kernel then
-        lets go of, tells the next one, and `recover` resumes it.
+        A process that dies in here leaves the device suspended; the next one that finds it so takes
+        that for its own suspension, or resumes it (`recovery`).
         """
         with self._locks.suspension(name):
-            state = dm.find(name)
+            with self._locks.change(name):
+                state = devices.suspend(name)
+                if state is not None and state.deferred_remove:
+                    self._resume(name)
+                    next_state(name, Activation.LEAVING, Event.SUSPEND)
             if state is None:
                 yield
                 return
-            if state.suspended:
-                dm.resume(name)
-            if state.deferred_remove:
-                next_state(name, Activation.LEAVING, Event.SUSPEND)
-            with translation.of_suspension(name):
-                dm.suspend(name)
             try:
                 yield
             finally:
-                dm.resume(name)
+                self._resume(name)
 
     def discard_device(self, name: str) -> None:
-        if dm.find(name) is None:
+        """BLKDISCARD over the whole of the device; ENXIO if it is not active."""
+        info = self.info(name)
+        if info is None:
             raise OSError(errno.ENXIO, "device is not active", name)
-        blockdev.discard(dm.node_of(name))
+        blockdev.discard(info.path)
 
-    def recover(self) -> None:
-        """Resume what dead processes have left suspended: devices of the pool, and the pool."""
-        number = self._number()
-        if dm.is_suspended(number):
-            with self._locks.device(self._name):
-                if dm.is_suspended(number):
-                    dm.resume(self._name, flags=dm.POOL_FLAGS)
-        for entry in _holders(number):
-            if _reads_one(entry / "dm/suspended"):
-                self._resume_abandoned((entry / "dm/name").read_text(encoding="utf-8").strip())
+    # How
 
-    def _resume_abandoned(self, name: str) -> None:
-        with self._locks.suspension_if_free(name) as is_ours:
-            if is_ours:
-                dm.resume(name)
+    def _status(self, *, flush: bool) -> PoolLine:
+        found = devices.status(self.name, flush=flush)
+        if found is None or found.target is None:
+            raise errors.not_active(self.name)
+        return parse_pool(found.target.params)
 
-    def _resume_if_abandoned(self, name: str) -> None:
-        with self._locks.suspension_if_free(name) as is_ours:
-            if not is_ours:
-                next_state(name, Activation.SUSPENDED, Event.DEACTIVATE)
-            dm.resume(name)
-
-    def _activate_existing(self, name: str, thin_id: ThinId, size: Bytes, target: Target) -> Path:
-        found = dm.find_table(name)
-        if found is None:  # gone meanwhile
-            return dm.create(name, [target])
-        if not found.state.live_table:  # its maker died between the device and its table
-            dm.remove(name)
-            return dm.create(name, [target])
-        info = self._info(name, found)
-        if info is None or (info.thin_id, info.size) != (thin_id, size):
-            is_now = "something else" if info is None else f"thin id {info.thin_id}"
-            raise ThinBusy(name, (f"a device of that name, which is {is_now}",))
-        if info.state is not Activation.ACTIVE:
-            next_state(name, info.state, Event.ACTIVATE)
-        return info.path
-
-    def _info(self, name: str, found: dm.Device) -> DeviceInfo | None:
-        """None for a device that is no thin device of this pool."""
-        if [target.kind for target in found.targets] != [targets.THIN]:
-            return None
-        line = targets.parse_thin_table(found.targets[0])
-        return DeviceInfo(
-            name,
-            line.thin_id,
-            line.size,
-            dm.node_of(name),
-            _activation(found.state),
-            found.state.open_count,
-        )
-
-    def _line(self) -> targets.PoolLine:
-        found = dm.find_table(self._name)
-        if found is None or not found.targets:
-            raise self._gone()
-        return targets.parse_pool_table(found.targets[0])
-
-    def _status(self, found: dm.Device | None) -> PoolStatus:
-        if found is None or not found.targets:
-            raise self._gone()
-        (target,) = found.targets
-        return targets.parse_pool_status(target, self._line().table)
+    def _line(self) -> tableline.PoolLine:
+        found = devices.find(self.name)
+        if found is None or found.target is None:
+            raise errors.not_active(self.name)
+        self._known_number = found.state.number
+        return tableline.parse_pool(found.target)
 
     def _number(self) -> DeviceNumber:
-        state = dm.find(self._name)
+        state = devices.find_state(self.name)
         if state is None:
-            raise self._gone()
+            raise errors.not_active(self.name)
+        self._known_number = state.number
         return state.number
 
-    def _metadata_device(self) -> Path:
-        return dm.node_of_number(self._line().metadata_device)
+    def _ask_metadata(self, question: Callable[[DirectDevice, Superblock], T]) -> T:
+        metadata = dmnode.device_path(self._line().metadata_device)
+        try:
+            return metadata_snap.ask(self.name, metadata, self._locks, question)
+        except OSError as err:
+            raise self._translated(err) from err
 
-    def _gone(self) -> PoolNotFound:
-        return PoolNotFound(
-            f"pool {self._name!r} is not active any more",
-            hint="the next command that needs the pool activates it",
+    def _message(self, text: str, thin_id: ThinId) -> None:
+        try:
+            devices.message(self.name, text)
+        except OSError as err:
+            raise self._translated(err, thin_id) from err
+
+    def _translated(self, err: OSError, thin_id: ThinId | None = None) -> Exception:
+        return errors.translate(err, self.name, self.status, thin_id)
+
+    def _check_committed(self, new: TransactionId | None, *, flush: bool = False) -> None:
+        line = self._status(flush=flush)
+        lost = new is not None and line.transaction_id != new
+        if lost or line.mode in (PoolMode.READ_ONLY, PoolMode.FAIL) or line.needs_check:
+            raise errors.unusable(self.status())
+
+    def _active(self, thin_id: ThinId) -> ThinBusy:
+        for info in self.devices():
+            if info.thin_id == thin_id:
+                return busy.busy(info.name, info.path)
+        return ThinBusy(f"thin id {thin_id}")
+
+    def _info(self, name: str, found: Found) -> DeviceInfo | None:
+        if found.target is None:
+            return None  # whoever made it has not come further yet, or was killed
+        line = self._thin_line(name, found)
+        state = found.state
+        path = dmnode.path_of(name)
+        return DeviceInfo(name, line.thin_id, line.size, path, _activation(state), state.open_count)
+
+    def _thin_line(self, name: str, found: Found) -> tableline.ThinLine:
+        """The line of a device on this pool; `PoolMismatch` for any other device."""
+        if found.target is not None:
+            with suppress(ValueError):
+                line = tableline.parse_thin(found.target)
+                if line.pool in (self._known_number, self._number()):
+                    return line
+        raise PoolMismatch(
+            f"device {name!r} is no thin device of pool {self.name!r}",
+            hint=f"see whose it is: dmsetup table {name}",
         )
 
+    def _adopt(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
+        """The device that has the name already: activated before, or half made by a killed one."""
+        found = devices.find(name)
+        if found is None:
+            raise OSError(errno.EAGAIN, "device went away while it was activated", name)
+        if found.target is None:
+            devices.load(name, tableline.thin_target(self.name, thin_id, size))
+            return devices.resume(name, THIN_FLAGS)
+        line = self._thin_line(name, found)
+        if line.thin_id != thin_id:
+            raise PoolMismatch(
+                f"device {name!r} is active with thin id {line.thin_id}, expected {thin_id}"
+            )
+        if found.state.deferred_remove:
+            next_state(name, Activation.LEAVING, Event.ACTIVATE)
+        if found.state.suspended:
+            recovery.resume_if_abandoned(name, self._locks)
+        return dmnode.ensure(name, found.state.number)
 
-def check_id(value: ThinId) -> None:
-    thin_id(value)
+    def _resume(self, name: str) -> None:
+        try:
+            devices.resume(name, THIN_FLAGS)
+        except OSError as err:
+            raise EngineError(
+                f"device {name!r} stays suspended, it could not be resumed: {err.strerror}",
+                hint=f"dmsetup resume {name}",
+            ) from err
+
+    def _tidy_node(self, name: str) -> None:
+        """Without udev nobody removes the node of a device that left with its last user."""
+        if not devices.has_udev():
+            dmnode.remove(name)
+
+    def _note_leaving(self, name: str) -> None:
+        """Keep the name, so that the node goes with the pool at the latest."""
 
 
 def _activation(state: DeviceState) -> Activation:
-    if state.suspended:
-        return Activation.SUSPENDED
-    return Activation.LEAVING if state.deferred_remove else Activation.ACTIVE
+    if state.deferred_remove:
+        return Activation.LEAVING
+    return Activation.SUSPENDED if state.suspended else Activation.ACTIVE
 
 
-def _holders(number: DeviceNumber) -> list[Path]:
-    try:
-        names = os.listdir(f"/sys/dev/block/{number}/holders")
-    except FileNotFoundError:
-        return []
-    return [Path("/sys/block") / name for name in names]
-
-
-def _reads_one(path: Path) -> bool:
-    try:
-        return path.read_text(encoding="ascii").strip() == "1"
-    except FileNotFoundError:
-        return False
+def _id(value: ThinId) -> ThinId:
+    return thin_id(value)

@@ -1,7 +1,11 @@
-"""What the engines keep below `/run/devmapper`: names, locks, and who may have made the place.
+"""What the engines share of /run/devmapper: names, directories of ours, locks.
+
+    /run/devmapper/<pool>/         0700, ours; what is in it is the engine's affair
+    /run/devmapper/.lock-<pool>    held by whoever starts or stops the pool
 
 `DEVMAPPER_RUNTIME_DIR` replaces `/run/devmapper`.  Nothing here is durable: after a reboot it is
-gone, and it may be.  Locks are the kernel's: it lets go of them when their holder dies.
+gone, and it may be.  The directory is removed with the pool; the lock beside it is not, because
+somebody may wait for it.
 """
 
 import errno
@@ -19,20 +23,33 @@ from typing import Final
 from devmapper.errors import EngineError, EnvironmentLacking, UsageError
 
 ENVIRONMENT: Final = "DEVMAPPER_RUNTIME_DIR"
-SUSPENSION: Final = 1 << 32  # offset of a device's second byte, see `byte_lock`
 _DEFAULT_BASE: Final = Path("/run/devmapper")
 _NAME_LIMIT: Final = 127  # DM_NAME_LEN less the NUL
 _LOCK_POLL_SECONDS: Final = 0.005
 _FLOCK: Final = Struct("@hhlli4x")  # struct flock of 64-bit Linux: type whence start len pid
+SUSPENSION: Final = 1 << 32  # offset of a device's second byte in the file of locks
 
 
-class NoLockFile(Exception):
-    """The directory for a lock file is not there."""
+class DeviceLocked(EngineError):
+    """Another command works on the device and did not end in time."""
 
 
 def runtime_base() -> Path:
     """Where the runtime directories of all pools are."""
     return Path(os.environ.get(ENVIRONMENT) or _DEFAULT_BASE)
+
+
+def directory_of(pool: str) -> Path:
+    """The directory of *pool*; nothing is made or looked at.
+
+    The base is resolved, because sysfs names the backing files of loop devices that way.
+    """
+    return Path(os.path.realpath(runtime_base())) / check_name(pool, "pool")
+
+
+def start_lock_of(directory: Path) -> Path:
+    """The file that `start_lock` locks."""
+    return directory.parent / f".lock-{directory.name}"
 
 
 def check_name(name: str, what: str) -> str:
@@ -52,16 +69,14 @@ def check_name(name: str, what: str) -> str:
 
 
 @contextmanager
-def pool_lock(base: Path, pool: str, timeout: float, *, log: Path | None = None) -> Iterator[int]:
-    """Only one process at a time activates or deactivates *pool*, whatever the engine.
+def start_lock(directory: Path, timeout: float, *, log: Path | None = None) -> Iterator[int]:
+    """Only one process at a time starts or stops a pool.
 
-    Yields the descriptor, which a child may inherit to hold the lock on: that is why leaving closes
-    it instead of unlocking.  The file stays, because somebody may wait for it.
+    Yields the descriptor: the embedded engine's process inherits it while it starts, so that the
+    lock is held even if its starter dies.  That is why leaving closes the descriptor instead of
+    unlocking it.
     """
-    make_private(base)
-    path = base / f".lock-{check_name(pool, 'pool')}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o600)
+    fd = _open_lock(start_lock_of(directory))
     try:
         deadline = time.monotonic() + timeout
         while True:
@@ -71,9 +86,9 @@ def pool_lock(base: Path, pool: str, timeout: float, *, log: Path | None = None)
             except BlockingIOError as err:
                 if time.monotonic() >= deadline:
                     raise EngineError(
-                        f"pool {pool!r} has been starting or stopping for more than"
-                        f" {timeout:.0f} seconds",
-                        hint=f"see {log}" if log else "another process is at it",
+                        f"the engine of pool {directory.name!r} has been starting or stopping"
+                        f" for more than {timeout:.0f} seconds",
+                        hint=f"see {log}" if log else "",
                     ) from err
                 time.sleep(_LOCK_POLL_SECONDS)
         yield fd
@@ -82,18 +97,15 @@ def pool_lock(base: Path, pool: str, timeout: float, *, log: Path | None = None)
 
 
 @contextmanager
-def byte_lock(file: Path, name: str, *, part: int = 0, timeout: float = 60.0) -> Iterator[None]:
-    """Hold the lock of device *name*: one process, and one thread of it, at a time.
+def device_lock(file: Path, name: str, *, part: int = 0, timeout: float = 60.0) -> Iterator[None]:
+    """Only one process, and one thread of it, at a time changes what a device is.
 
-    A byte of *file* chosen by the name.  Two names that share a byte wait for each other, which is
-    harmless.  *part* is where the bytes of another kind of lock begin.  `NoLockFile` if the file's
-    directory is not there, `EngineError` if *timeout* seconds were not enough.
+    A byte of *file*, which has to exist, chosen by the name; the kernel lets go of it when its
+    holder dies.  Two names that share a byte wait for each other, which is harmless.  *part*
+    SUSPENSION is a lock of its own, so that a suspended device can still be asked to deactivate
+    (and refuse).  `DeviceLocked` after *timeout* seconds.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        fd = os.open(file, flags, 0o600)
-    except FileNotFoundError as err:
-        raise NoLockFile(str(file)) from err
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         start = part + zlib.crc32(os.fsencode(name))
         request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
@@ -106,7 +118,7 @@ def byte_lock(file: Path, name: str, *, part: int = 0, timeout: float = 60.0) ->
                 if err.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 if time.monotonic() >= deadline:
-                    raise EngineError(
+                    raise DeviceLocked(
                         f"device {name!r} has been held by another command for more than"
                         f" {timeout:.0f} seconds"
                     ) from err
@@ -117,7 +129,7 @@ def byte_lock(file: Path, name: str, *, part: int = 0, timeout: float = 60.0) ->
 
 
 def make_private(path: Path) -> None:
-    """Make a directory of ours, or accept it; refuse what somebody else may have prepared."""
+    """Make a directory of ours; refuse what somebody else may have prepared."""
     try:
         path.mkdir(mode=0o700, parents=True)
     except FileExistsError:
@@ -143,3 +155,8 @@ def open_private(path: Path) -> int:
             hint=f"remove it, or set {ENVIRONMENT} to a directory of your own",
         )
     return fd
+
+
+def _open_lock(file: Path) -> int:
+    make_private(file.parent)
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

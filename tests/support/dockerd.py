@@ -1,0 +1,307 @@
+"""A real dockerd 20.10 with its devicemapper driver, and the containerd and shims it starts.
+
+All of it runs in a control group of its own, so that killing reaches every process of it and no
+other.  There is no network: nothing of the machine's is touched.
+"""
+
+import http.client
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from devmapper.linux import mount
+from tests.support import cgroup
+
+STORAGE_OPTIONS: Final = (
+    "dm.fs=ext4",
+    "dm.loopdatasize=1G",
+    "dm.loopmetadatasize=16M",
+    "dm.basesize=64M",
+    "dm.override_udev_sync_check=true",
+)
+BUSYBOX: Final = Path("/bin/busybox")  # Debian: busybox-static
+_START_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 60.0
+
+
+class Dockerd:
+    """One data root and the dockerd that has it, if one is running."""
+
+    def __init__(self, data_root: Path, run: Path, group: cgroup.Group) -> None:
+        self.data_root = data_root
+        self.home = data_root / "devicemapper"
+        self.log = run / "dockerd.log"
+        self._run = run
+        self._group = group
+        self._socket = run / "api"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def start(self, *options: str) -> None:
+        """Start it on the data root and wait until it answers; *options* are storage options."""
+        assert self._process is None
+        notify = self._run / "notify"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            ready.bind(str(notify))
+            try:
+                with self.log.open("ab") as log, self._group.entered("daemon"):
+                    self._process = subprocess.Popen(
+                        self._command((*STORAGE_OPTIONS, *options)),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        cwd=self._run,
+                        env={**_environment(), "NOTIFY_SOCKET": str(notify)},
+                    )
+                self._wait_until_ready(ready)
+            finally:
+                notify.unlink()
+        assert self.request("GET", "/_ping")[0] == 200
+
+    def stop(self) -> None:
+        """SIGTERM, as an init system does it: containers stop, the pool is let go."""
+        process = self._own()
+        process.terminate()
+        status = process.wait(_STOP_SECONDS)
+        self._process = None
+        assert status == 0, self.tail()
+        self._group.wait_until_empty(_STOP_SECONDS)
+
+    def kill(self, *, containers: bool = True) -> None:
+        """SIGKILL: everything of it in one go, or, without *containers*, dockerd alone.
+
+        Its containerd goes with it (it asks the kernel for that), shims and containers go on.
+        """
+        process = self._own()
+        if containers:
+            self._group.kill()
+        else:
+            process.send_signal(signal.SIGKILL)
+        process.wait(_STOP_SECONDS)
+        self._process = None
+
+    def kill_containers(self) -> None:
+        """End what a dockerd that was killed alone has left running."""
+        assert self._process is None
+        self._group.kill()
+
+    def docker(self, *arguments: str, stdin: bytes = b"", check: bool = True) -> str:
+        """Run Docker's command line; what it printed, without the last newline."""
+        done = subprocess.run(
+            ["docker", "--host", f"unix://{self._socket}", *arguments],
+            input=stdin,
+            capture_output=True,
+            env={**_environment(), "DOCKER_CONFIG": str(self._run / "config")},
+            timeout=120,
+        )
+        words = done.stderr.decode()
+        assert done.returncode == 0 or not check, f"docker {arguments[0]}: {words}\n{self.tail()}"
+        return done.stdout.decode().removesuffix("\n") if done.returncode == 0 else words
+
+    def first_line_of(self, container: str) -> str:
+        """What a running container prints first, however long that takes to come."""
+        following = subprocess.Popen(
+            ["docker", "--host", f"unix://{self._socket}", "logs", "--follow", container],
+            stdout=subprocess.PIPE,
+            env={**_environment(), "DOCKER_CONFIG": str(self._run / "config")},
+        )
+        with following:
+            assert following.stdout is not None
+            try:
+                return following.stdout.readline().decode().removesuffix("\n")
+            finally:
+                following.kill()
+
+    def export(self, container: str, target: Path) -> Path:
+        """What `docker export` says of a container, in the file *target*."""
+        self.docker("export", "--output", str(target), container)
+        return target
+
+    def layer_of(self, container: str) -> str:
+        """The id of a container's layer, from Docker's layer store."""
+        inspected = json.loads(self.docker("inspect", container))[0]
+        return layer_of(self.data_root, str(inspected["Id"]))
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One request to the API: status and reply; `OSError` if nobody answers (any more)."""
+        connection = _Connection(self._socket)
+        try:
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            raw = reply.read()
+        except http.client.HTTPException as err:
+            message = f"{method} {path}: {err!r}"
+            raise ConnectionError(message) from err
+        finally:
+            connection.close()
+        is_json = (reply.getheader("Content-Type") or "").startswith("application/json")
+        return reply.status, json.loads(raw) if is_json and raw else raw
+
+    def tail(self) -> str:
+        """The last lines of dockerd's log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-20:])
+
+    def _own(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
+
+    def _command(self, options: tuple[str, ...]) -> list[str]:
+        command = [
+            "dockerd",
+            *("--data-root", str(self.data_root)),
+            *("--exec-root", str(self._run / "exec")),
+            *("--pidfile", str(self._run / "pid")),
+            *("--host", f"unix://{self._socket}"),
+            *("--cgroup-parent", f"/{self._group.path.name}/containers"),
+            *("--config-file", str(self._run / "none.json")),
+            *("--storage-driver", "devicemapper"),
+            "--bridge=none",
+            "--iptables=false",
+            "--ip6tables=false",
+            "--ip-forward=false",
+            "--ip-masq=false",
+        ]
+        for option in options:
+            command += ["--storage-opt", option]
+        return command
+
+    def _wait_until_ready(self, ready: socket.socket) -> None:
+        """dockerd tells its init system (sd_notify(3)) when it serves its API."""
+        process = self._own()
+        deadline = time.monotonic() + _START_SECONDS
+        end = os.pidfd_open(process.pid)
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                found, _, _ = select.select([ready.fileno(), end], [], [], max(0.0, left))
+                if ready.fileno() in found and b"READY=1" in ready.recv(4096).split(b"\n"):
+                    return
+                if end in found or not found:
+                    break
+        finally:
+            os.close(end)
+        self.kill()
+        raise AssertionError(f"dockerd did not start:\n{self.tail()}")
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP on a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("docker", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(str(self._path))
+
+
+@contextmanager
+def data_root(folder: Path) -> Iterator[Dockerd]:
+    """A data root below *folder*; at the end nothing of it runs, is mounted or active."""
+    run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-docker-", dir="/run"))
+    (run / "none.json").write_text("{}")
+    try:
+        with cgroup.group(run.name) as group:
+            rig = Dockerd(folder / "docker", run, group)
+            try:
+                yield rig
+            finally:
+                if rig.running:
+                    rig.kill()
+                group.kill()
+                unmount_below(run)
+                unmount_below(folder)
+                remove_devices(rig.home)
+    finally:
+        shutil.rmtree(run)
+
+
+def layer_of(root: Path, container_id: str) -> str:
+    """The layer of a container in the graph at *root*, by its full id."""
+    mounts = root / "image" / "devicemapper" / "layerdb" / "mounts"
+    return (mounts / container_id / "mount-id").read_text()
+
+
+def unmount_below(folder: Path) -> None:
+    """Unmount what a dockerd that was killed has left below *folder*, and on it."""
+    real = Path(os.path.realpath(folder))
+    points = [entry.mount_point for entry in mount.mountinfo()]
+    for point in reversed([point for point in points if point.is_relative_to(real)]):
+        mount.unmount(point, flags=mount.UmountFlag.DETACH)
+
+
+def remove_devices(home: Path) -> None:
+    """Remove the graph's devices and its pool from the kernel, as they are."""
+    if not home.exists():
+        return
+    from devmapper.deviceset.names import GraphNames
+
+    prefix = GraphNames.of(home).prefix
+    active = _dmsetup("info", "-c", "--noheadings", "-o", "name")
+    ours = [name for name in active if name.startswith(f"{prefix}-")]
+    for name in sorted(ours, key=lambda name: name.endswith("-pool")):
+        _dmsetup("remove", name)
+
+
+def _dmsetup(*arguments: str) -> list[str]:
+    done = subprocess.run(
+        ["dmsetup", *arguments], capture_output=True, text=True, env=_environment(), timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line != "No devices found"]
+
+
+def _environment() -> dict[str, str]:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return {**os.environ, "PATH": path, "LC_ALL": "C"}
+
+
+def busybox_tar(files: "dict[str, bytes] | None" = None) -> bytes:
+    """A root file system of busybox alone and of *files*, as a tar for `docker import`."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in ("bin", "etc", "tmp", "dev", "proc", "sys"):
+            _add(archive, name, tarfile.DIRTYPE, mode=0o1777 if name == "tmp" else 0o755)
+        _add(archive, "bin/busybox", tarfile.REGTYPE, content=BUSYBOX.read_bytes(), mode=0o755)
+        for name in ("sh", "cat", "echo", "ls", "ln", "rm", "mknod", "sleep", "dd", "chmod"):
+            _add(archive, f"bin/{name}", tarfile.SYMTYPE, target="busybox")
+        for name, content in (files or {}).items():
+            _add(archive, name, tarfile.REGTYPE, content=content)
+    return packed.getvalue()
+
+
+def _add(
+    archive: tarfile.TarFile,
+    name: str,
+    kind: bytes,
+    *,
+    content: bytes = b"",
+    mode: int = 0o644,
+    target: str = "",
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    member.mode = mode
+    member.size = len(content)
+    member.linkname = target
+    member.mtime = 1_600_000_000
+    archive.addfile(member, io.BytesIO(content))

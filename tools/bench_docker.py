@@ -1,0 +1,194 @@
+"""Our driver on the kernel engine beside Docker's own, in one boot of User Mode Linux.
+
+`make bench-docker`.  The same operations, the same options, the same file system below: Docker's
+driver in a Go program with Docker's own benchmarks (tests/suites/graphdriver), ours in a Python
+process.  They run in turn, each with a fresh graph every round; medians are printed as a table in
+Markdown.  It asserts nothing.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent
+SUITE = CHECKOUT / "tests" / "suites" / "graphdriver"
+OPTIONS = (
+    "dm.fs=ext4",
+    "dm.loopdatasize=2G",
+    "dm.loopmetadatasize=64M",
+    "dm.basesize=512M",
+    "dm.override_udev_sync_check=true",
+)
+REMOVALS = ("deferred", "waiting")
+# Go stops its timer in every run, which takes milliseconds in a guest: longer than to read a file
+LEFT_OUT = ("DeepRead20",)
+IMAGE_SIZE = 6 << 30
+NANOSECONDS_PER_MILLISECOND = 1e6
+
+Timings = dict[str, list[float]]  # nanoseconds
+
+
+def need_packages() -> None:
+    """Install what only this benchmark needs."""
+    wanted = (SUITE / "apt-packages").read_text().split()
+    asked = subprocess.run(
+        ["dpkg-query", "-W", "-f=${Package} ${Status}\n", *wanted],
+        capture_output=True, text=True, check=False,
+    ).stdout  # fmt: skip
+    missing = [name for name in wanted if f"{name} install ok installed\n" not in asked]
+    if missing:
+        print(f"bench-docker: installing {' '.join(missing)}", file=sys.stderr)
+        subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        )
+
+
+def on_the_host(options: argparse.Namespace) -> int:
+    sys.path.insert(0, str(CHECKOUT))
+    from tests.uml.boot import Machine
+    from tests.uml.guest import run_in_uml
+
+    need_packages()
+    with tempfile.TemporaryDirectory(prefix="bench-docker-", dir="/var/tmp") as folder:
+        out = Path(folder)
+        subprocess.run([SUITE / "build", out / "suite"], check=True)
+        argv = [
+            sys.executable, str(HERE / "bench_docker.py"), "--guest", str(out),
+            "--rounds", str(options.rounds), "--layers", str(options.layers),
+            "--benchtime", str(options.benchtime),
+            "--removal", *options.removal,
+            *(["--profile"] if options.profile else []),
+        ]  # fmt: skip
+        return run_in_uml(argv, Machine(memory="4G", writable=(out,)))
+
+
+def in_the_guest(options: argparse.Namespace) -> int:
+    out = options.guest
+    tables: dict[str, tuple[Timings, Timings]] = {removal: ({}, {}) for removal in options.removal}
+    with disk() as scratch:
+        for number in range(options.rounds):
+            for removal, (theirs, own) in tables.items():
+                print(f"round {number + 1} of {options.rounds}: {removal}", file=sys.stderr)
+                add(theirs, dockers(out / "suite", scratch, options, removal))
+                add(own, ours(scratch, options, removal))
+    for removal, (theirs, own) in tables.items():
+        print(f"\n### Removal of devices: {removal}\n")
+        print_table(theirs, own)
+    return 0
+
+
+@contextmanager
+def disk() -> Iterator[Path]:
+    """An ext4 in memory: what is measured is the drivers, not a disk."""
+    image, point = Path("/tmp/bench.ext4"), Path("/tmp/bench")
+    with image.open("wb") as file:
+        file.truncate(IMAGE_SIZE)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=1", image], check=True)
+    point.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, point], check=True)
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", point], check=True)
+        image.unlink()
+
+
+def driver_options(removal: str) -> tuple[str, ...]:
+    """Docker's default is deferred removal wherever the kernel can, ours is to wait."""
+    wanted = "true" if removal == "deferred" else "false"
+    return (*OPTIONS, f"dm.use_deferred_removal={wanted}", f"dm.use_deferred_deletion={wanted}")
+
+
+def dockers(suite: Path, scratch: Path, options: argparse.Namespace, removal: str) -> Timings:
+    environment = {
+        **os.environ,
+        "TMPDIR": str(scratch),
+        "GRAPH_DRIVER": "devicemapper",
+        "GRAPH_OPTS": ",".join(driver_options(removal)),
+        "TIMINGS": str(scratch / "timings.json"),
+        "TIMINGS_LAYERS": str(options.layers),
+    }
+    run([str(suite), "-test.run", "TestTimings"], environment)
+    found: Timings = json.loads((scratch / "timings.json").read_text())
+    said = run(
+        [str(suite), "-test.run", "NONE", "-test.bench", ".",
+         f"-test.benchtime={options.benchtime}x"], environment,
+    )  # fmt: skip
+    # The driver logs between a benchmark's name and its result, which is a line of its own then
+    names = re.findall(r"^Benchmark(\w+)", said, re.MULTILINE)
+    results = re.findall(rf"^(?:Benchmark\w+)?\s+{options.benchtime}\s+([\d.]+) ns/op", said,
+                         re.MULTILINE)  # fmt: skip
+    benchmarks = zip(names, results, strict=True)
+    found.update({name: [float(took)] for name, took in benchmarks if name not in LEFT_OUT})
+    return found
+
+
+def ours(scratch: Path, options: argparse.Namespace, removal: str) -> Timings:
+    with tempfile.TemporaryDirectory(dir=scratch) as home:
+        target = scratch / "timings.json"
+        run(
+            [sys.executable, str(HERE / "bench_docker_ours.py"), home, str(target),
+             str(options.layers), str(options.benchtime), *driver_options(removal)],
+            {**os.environ, **({"PROFILE": "1"} if options.profile else {})},
+        )  # fmt: skip
+        found: Timings = json.loads(target.read_text())
+        return found
+
+
+def run(argv: list[str], environment: Mapping[str, str]) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{argv[0]}: {done.stdout}\n{done.stderr}")
+    if done.stdout and argv[0] == sys.executable:
+        print(done.stdout, file=sys.stderr)
+    return done.stdout
+
+
+def add(to: Timings, more: Timings) -> None:
+    for name, values in more.items():
+        to.setdefault(name, []).extend(values)
+
+
+def print_table(docker: Timings, own: Timings) -> None:
+    print("| operation (ms) | Docker's driver | ours | ours / Docker's |")
+    print("|---|---|---|---|")
+    for name in docker:
+        theirs = statistics.median(docker[name]) / NANOSECONDS_PER_MILLISECOND
+        mine = statistics.median(own[name]) / NANOSECONDS_PER_MILLISECOND
+        print(f"| {name} | {theirs:.3g} | {mine:.3g} | {mine / theirs:.2f} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=40, help="layers of each round")
+    parser.add_argument("--benchtime", type=int, default=10, help="runs of each Go benchmark")
+    parser.add_argument(
+        "--removal", nargs="+", choices=REMOVALS, default=REMOVALS, help="of devices; default both"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where our time goes")
+    parser.add_argument("--guest", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.guest is not None:
+        return in_the_guest(options)
+    if os.geteuid() != 0 or shutil.which("linux.uml") is None:
+        print("bench-docker: needs root and User Mode Linux (make setup)", file=sys.stderr)
+        return 1
+    return on_the_host(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
