@@ -158,6 +158,7 @@ class SizesAndMounts(GraphDriverBase):
             assert driver.layers() == []
             driver.create("one")
             assert driver.layers() == ["one"]
+        with self.opened(home) as driver:
             assert not (home / "metadata" / "x").exists()
             assert driver.devices.pool.devices() == []
             assert list(driver.devices.inconsistencies()) == []

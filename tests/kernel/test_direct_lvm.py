@@ -122,8 +122,8 @@ def test_the_graph_uses_its_pool_without_further_options(home, disk):
 
 
 def test_the_command(home, disk, capsys):
-    without_udev = ["--storage-opt", "dm.override_udev_sync_check=true"]
-    words = ["--root", str(home), "--json", "--engine", "kernel", *without_udev, "pool", "create"]
+    words = ["--root", str(home), "--json", "--engine", "kernel"]
+    words += ["--storage-opt", "dm.override_udev_sync_check=true", "pool", "create"]
     assert main.run([*words, "--device", str(disk), "--autoextend-threshold", "70"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made == {"name": "docker-thinpool", "device": str(disk), "made": True}

@@ -208,7 +208,9 @@ class TestLoopFiles:
         with open_graph(home, engine) as driver:
             use(driver, "one")
         script = KILLED_WHILE_IT_GROWS.format(home=str(home), options=GRAPH, step=str(step))
-        done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+        environment = {**os.environ, "PYTHONPATH": str(Path(devmapper.__file__).parents[1])}
+        words = [sys.executable, "-c", script]
+        done = subprocess.run(words, check=False, timeout=60, env=environment)
         assert done.returncode == -signal.SIGKILL
         with open_graph(home, engine) as driver:
             assert all("SUSPENDED" not in dmsetup("info", name) for name in active())

@@ -28,6 +28,7 @@ from devmapper.deviceset.session import Graph, Session
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
 from devmapper.linux import blockdev, mount
+from devmapper.linux.holders import stacked_devices
 from devmapper.units import SECTOR_SIZE, Bytes
 
 log = logging.getLogger(__name__)
@@ -119,11 +120,15 @@ class LayerMounts:
             return session.pool.activate(name, record.thin_id, whole)
 
     def check_unused(self, layer: LayerId) -> None:
-        """`LayerBusy`, which names the holders, if somebody uses the layer's device."""
+        """`LayerBusy`, which names the holders, if the layer is mounted or something stands on it.
+
+        Whoever merely has the device open, such as udev, may be gone in a moment: `release` waits.
+        """
         info = self.info(layer)
-        if info is None:
+        if info is None or not blockdev.is_block_device(info.path):
             return
-        if info.open_count > 0 or self.mount_point(layer) is not None:
+        number = blockdev.device_number(info.path)
+        if self.mount_point(layer) is not None or stacked_devices(number):
             raise LayerBusy(file_name(layer), who_holds(info.path))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:

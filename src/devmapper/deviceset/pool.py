@@ -84,7 +84,7 @@ class PoolFiles:
             self._growth(active).catch_up()
             return ActivePool(active, activated=False, verify=False)
         before()
-        self._check_nobody_has_the_files(engine)
+        self._check_nobody_has_the_files()
         pool = engine.activate_pool(self.name, self._prepare(has_layers, create=create))
         self._checkpoint(Step.POOL_ACTIVATED)
         try:
@@ -131,11 +131,10 @@ class PoolFiles:
         except (DevmapperError, OSError) as err:
             failure.add_note(f"pool {self.name} stays active: {err}")
 
-    def _check_nobody_has_the_files(self, engine: Engine) -> None:
-        """One engine at a time: the kernel knows nothing of the other's locks, and the reverse.
+    def _check_nobody_has_the_files(self) -> None:
+        """`DeviceBusy` for a loop file below a device in use, such as the pool of another engine.
 
-        `DeviceBusy` for a loop file below a device that is in use, such as the pool of a Docker
-        that runs; `PoolBusy` for one that an embedded engine has open.
+        The embedded engine opens the file itself, and knows nothing of a pool in the kernel.
         """
         for half in (self.data, self.metadata):
             if half.loop_file is not None and half.loop_file.exists():
