@@ -100,8 +100,10 @@ class LayerMounts:
             return None
         try:
             places = mount.mounts_of(blockdev.device_number(info.path))
-        except FileNotFoundError:
-            return None  # its node went meanwhile
+        except OSError as err:
+            if err.errno in (errno.ENOENT, errno.ENOTBLK):  # it went meanwhile, or never was one
+                return None
+            raise
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
@@ -125,10 +127,7 @@ class LayerMounts:
         Whoever merely has the device open, such as udev, may be gone in a moment: `release` waits.
         """
         info = self.info(layer)
-        if info is None or not blockdev.is_block_device(info.path):
-            return
-        number = blockdev.device_number(info.path)
-        if self.mount_point(layer) is not None or stacked_devices(number):
+        if info is not None and info.open_count > 0 and _is_claimed(info.path):
             raise LayerBusy(file_name(layer), who_holds(info.path))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:
@@ -210,6 +209,18 @@ class LayerMounts:
             deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
             raise self.busy(layer) from err
+
+
+def _is_claimed(path: Path) -> bool:
+    """Whether a device is mounted or another one stands on it.
+
+    The kernel's count of opens does not tell these from a program that looks in passing.  Where an
+    engine has files instead of devices nobody does.
+    """
+    if not blockdev.is_block_device(path):
+        return True
+    number = blockdev.device_number(path)
+    return bool(mount.mounts_of(number) or stacked_devices(number))
 
 
 def _same_place(place: Path, path: Path) -> bool:
