@@ -1,7 +1,8 @@
 """Removes what killed tests left behind: `python -m tests.support.leftovers`.
 
 Only what is recognisably ours is touched: engines whose runtime base is a folder that the tests
-made, `/run/dmt-<pid>-*`, and the mounts, loop devices and processes below it.
+made, `/run/dmt-<pid>-*`, the mounts, loop devices and processes below it, and the folders of guests
+in User Mode Linux.
 """
 
 import errno
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from devmapper.engine.embedded import leftovers, runtime
 from devmapper.linux import loop, mount
+from tests.uml import guest
 
 BASES = "dmt-*"
 
@@ -70,6 +72,7 @@ def clear(base: Path) -> None:
 
 
 def main() -> None:
+    guest.sweep()
     for base in sorted(Path("/run").glob(BASES)):
         # A base in use by tests that run right now is not a leftover
         if is_in_use(base):

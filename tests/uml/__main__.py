@@ -2,19 +2,22 @@
 
 import argparse
 import os
-import shutil
+import signal
 import sys
 import termios
+import threading
+import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.uml.boot import HERE, Machine, Terminal, missing
-from tests.uml.guest import LostKernel, run_in_uml, running
+from tests.uml.guest import Guest, LostKernel, run_in_uml, running
 
 
 def main() -> int:
     options = _options().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     reason = missing()
     if reason:
         print(f"uml: {reason}", file=sys.stderr)
@@ -43,21 +46,33 @@ def _shell(machine: Machine) -> int:
     if not sys.stdin.isatty():
         print("uml: standard input is no terminal; see `run`", file=sys.stderr)
         return 2
-    size = shutil.get_terminal_size()
-    terminal = Terminal(name=os.environ.get("TERM", "vt100"), rows=size.lines, columns=size.columns)
+    size = os.get_terminal_size(0)
+    terminal = Terminal(os.environ.get("TERM", "vt100"), size.lines or 24, size.columns or 80)
     argv = ["bash", "--rcfile", str(HERE / "shell.bash"), "-i"]
-    with _terminal_kept(), running(argv, machine, output=terminal) as guest:
+    with _raw_terminal(), running(argv, machine, output=_show, terminal=terminal) as guest:
+        threading.Thread(target=_type, args=[guest], daemon=True).start()
         return guest.wait()
 
 
 @contextmanager
-def _terminal_kept() -> Iterator[None]:
-    """The kernel makes the terminal raw, and can't undo that if it is killed."""
+def _raw_terminal() -> Iterator[None]:
+    """Each key reaches the guest, whose terminal echoes and interprets it."""
     before = termios.tcgetattr(0)
+    tty.setraw(0)
     try:
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def _type(guest: Guest) -> None:
+    while keys := os.read(0, 1024):
+        guest.type(keys)
+
+
+def _show(piece: bytes) -> None:
+    while piece:
+        piece = piece[os.write(1, piece) :]
 
 
 def _options() -> argparse.ArgumentParser:

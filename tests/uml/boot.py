@@ -47,9 +47,9 @@ class Machine:
     directory: Path = CHECKOUT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Terminal:
-    """The caller's terminal, handed to the guest's command."""
+    """The kind and the size of the caller's terminal, for a command that wants one."""
 
     name: str
     rows: int

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +20,10 @@ from tests.uml.boot import Machine, Terminal, prepare
 
 _CONSOLE_TAIL: Final = 60  # lines
 _ENDING: Final = 20.0  # seconds that the processes of an ended guest may take to be gone
+_PREFIX: Final = "dm-uml-"  # of folders; the starter's process id follows
 _PIECE: Final = 64 * 1024
 _SHARED_MEMORY: Final = Path("/dev/shm")
+_PLACE: Final = Path("/var/tmp")  # no folder of its own is mounted over it in the guest
 
 
 class LostKernel(Exception):
@@ -43,6 +45,7 @@ class Guest:
         self._lines = lines
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
+        self._keyboard: int | None = None
         self._console: deque[str] = deque(maxlen=_CONSOLE_TAIL)
         self._status: int | None = None
 
@@ -71,6 +74,9 @@ class Guest:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        if self._keyboard is not None:
+            os.close(self._keyboard)
+            self._keyboard = None
         self._join()
 
     def console(self) -> str:
@@ -111,6 +117,17 @@ class Guest:
         self._threads.append(thread)
         return theirs
 
+    def keyboard(self) -> int:
+        """A pipe from `type` to the command's terminal; the caller closes the end returned."""
+        theirs, self._keyboard = os.pipe()
+        return theirs
+
+    def type(self, keys: bytes) -> None:
+        """Type on the command's terminal; without effect when the guest has ended."""
+        assert self._keyboard is not None
+        with suppress(BrokenPipeError):
+            os.write(self._keyboard, keys)
+
     def take_console(self, fd: int) -> None:
         """Keep the end of the console."""
         with open(fd, "rb", closefd=False) as pipe:
@@ -142,39 +159,43 @@ def running(
     argv: Sequence[str],
     machine: Machine,
     *,
-    output: Callable[[bytes], None] | Terminal,
+    output: Callable[[bytes], None],
     lines: Callable[[str | None], None] = lambda _: None,
+    terminal: Terminal | None = None,
 ) -> Iterator[Guest]:
     """A guest that runs *argv*; it is ended with the block.
 
-    *output* takes what the command prints as it comes, or is our terminal, which the command gets
-    for its own; *lines* takes each line that is written to /dev/ttyS1 there, and None when no more
-    will come.  Both are called in threads of ours.  The guest lives no longer than the thread that
-    enters this.
+    *output* takes what the command prints as it comes; *lines* takes each line that is written to
+    /dev/ttyS1 there, and None when no more will come.  Both are called in threads of ours.  With
+    *terminal* the command has one, and gets what `Guest.type` is given.  The guest lives no longer
+    than the thread that enters this.
     """
+    sweep()
     guest = Guest(lines)
-    fds: list[int] = []
-    with _folder(None) as run, _folder(_SHARED_MEMORY) as memory:
-        terminal = output if isinstance(output, Terminal) else None
+    with _folder(_PLACE) as run, _folder(_SHARED_MEMORY) as memory, ExitStack() as fds:
+
+        def listen(take: Callable[[int], None]) -> int:
+            fd = guest.listen(take)
+            fds.callback(os.close, fd)
+            return fd
+
         words = prepare(run, machine, argv, terminal)
+        console, control = listen(guest.take_console), listen(guest.take_control)
+        printed = listen(lambda fd: _forward(fd, output))
+        typed = "null"
+        passed = [console, control, printed]
+        if terminal:
+            passed.append(guest.keyboard())
+            fds.callback(os.close, passed[-1])
+            typed = f"fd:{passed[-1]}"
+        at = words.index("--")
+        words[at:at] = [
+            "con=null", "ssl=null",
+            f"con0=null,fd:{console}", f"ssl0={typed},fd:{printed}", f"ssl1=null,fd:{control}",
+        ]  # fmt: skip
         try:
-            fds.append(guest.listen(guest.take_console))
-            fds.append(guest.listen(guest.take_control))
-            if isinstance(output, Terminal):
-                fds += [os.dup(0), os.dup(1)]
-                command_line = f"ssl0=fd:{fds[2]},fd:{fds[3]}"
-            else:
-                take = output
-                fds.append(guest.listen(lambda fd: _forward(fd, take)))
-                command_line = f"ssl0=null,fd:{fds[2]}"
-            lines_of_kernel = [f"con0=null,fd:{fds[0]}", f"ssl1=null,fd:{fds[1]}", command_line]
-            at = words.index("--")
-            words[at:at] = ["con=null", "ssl=null", *lines_of_kernel]
-            guest.start(words, fds, memory)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        try:
+            guest.start(words, passed, memory)
+            fds.close()
             yield guest
         finally:
             guest.kill()
@@ -205,11 +226,20 @@ def _forward(fd: int, take: Callable[[bytes], None]) -> None:
         take(piece)
 
 
+def sweep() -> None:
+    """Remove the folders of guests whose starter was killed; the guests themselves died with it."""
+    for parent in (_PLACE, _SHARED_MEMORY):
+        for path in parent.glob(f"{_PREFIX}*"):
+            starter = path.name.removeprefix(_PREFIX).partition("-")[0]
+            if not Path("/proc", starter).exists():
+                shutil.rmtree(path, ignore_errors=True)  # another sweep may be at it
+
+
 @contextmanager
-def _folder(parent: Path | None) -> Iterator[Path]:
+def _folder(parent: Path) -> Iterator[Path]:
     """A fresh folder, for the run or for the file that is the guest's memory."""
-    where = parent if parent is not None and os.access(parent, os.W_OK) else None
-    path = Path(tempfile.mkdtemp(prefix=f"dm-uml-{os.getpid()}-", dir=where))
+    where = parent if os.access(parent, os.W_OK) else _PLACE
+    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=where))
     try:
         yield path.resolve()
     finally:

@@ -40,8 +40,10 @@ fi
 trap - EXIT
 set +e
 if [ -n "$TERMINAL" ]; then
-  stty sane rows "$ROWS" cols "$COLUMNS" </dev/ttyS0
-  setsid --ctty --wait /bin/sh "$RUN/command" </dev/ttyS0 >/dev/ttyS0 2>&1
+  { # held open: the line forgets its size when it is closed
+    stty sane rows "$ROWS" cols "$COLUMNS"
+    setsid --ctty --wait /bin/sh "$RUN/command"
+  } </dev/ttyS0 >/dev/ttyS0 2>&1
 else
   stty raw -echo </dev/ttyS0
   setsid --wait /bin/sh "$RUN/command" </dev/null >/dev/ttyS0 2>&1
