@@ -90,7 +90,7 @@ class LayerMounts:
         try:
             places = mount.mounts_of(blockdev.device_number(info.path))
         except FileNotFoundError:
-            return None  # its node went meanwhile
+            return None  # it went meanwhile
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
