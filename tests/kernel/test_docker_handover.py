@@ -34,8 +34,8 @@ CHANGES = (
 
 
 @pytest.fixture
-def docker(tmp_path):
-    with dockerd.data_root(tmp_path) as rig:
+def docker(disk):
+    with dockerd.data_root(disk) as rig:
         yield rig
 
 

@@ -26,8 +26,8 @@ SPEC: Final = {"Image": "first", "Cmd": ["cat", "/one"], "HostConfig": {"Network
 
 
 @pytest.fixture
-def docker(tmp_path):
-    with dockerd.data_root(tmp_path) as rig:
+def docker(disk):
+    with dockerd.data_root(disk) as rig:
         yield rig
 
 

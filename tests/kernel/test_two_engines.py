@@ -28,8 +28,8 @@ TURNS: Final = 5
 
 
 @pytest.fixture
-def home(tmp_path):
-    path = tmp_path / "home"
+def home(disk):
+    path = disk / "home"
     yield path
     unmount_below(path)
     remove_devices(path)

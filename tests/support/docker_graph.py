@@ -20,7 +20,12 @@ Tree = dict[str, Inode]
 
 # What dockerd was given, but for the file system: an initialised graph has one
 ENGINE: Final[Preference] = "kernel"
-OPTIONS = ("dm.loopdatasize=1G", "dm.loopmetadatasize=16M", "dm.basesize=64M")
+OPTIONS = (
+    "dm.loopdatasize=1G",
+    "dm.loopmetadatasize=16M",
+    "dm.basesize=64M",
+    "dm.override_udev_sync_check=true",
+)
 
 
 @contextmanager

@@ -205,6 +205,9 @@ class Fields:
     def __init__(self, path: Path, members: list[tuple[str, object]]) -> None:
         self._path = path
         self._left = dict(members)
+        self._names: dict[str, list[str]] = {}
+        for key in self._left:
+            self._names.setdefault(key.lower(), []).append(key)
 
     def integer(self, name: str, limit: int, *, default: int | None = None) -> int:
         value = self._take(name, default)
@@ -237,7 +240,7 @@ class Fields:
 
     def _take(self, name: str, default: object) -> object:
         value: object = None
-        for key in [key for key in self._left if key.lower() == name.lower()]:
+        for key in self._names.pop(name.lower(), ()):
             value = self._left.pop(key)
         if value is not None:
             return value
@@ -261,10 +264,12 @@ def read_fields(path: Path, *, limit: int = _MAX_FILE) -> Fields | None:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise RecordCorrupt(path, "it is not a regular file")
-        # Records are replaced, never written to: the size of an open one does not change
+        # Records are replaced, never written to: the size of an open one does not change.  Asking
+        # for no more than that keeps Python from allocating for the largest one possible
+        wanted = min(found.st_size, limit + 1)
         raw = b""
-        while len(raw) < min(found.st_size, limit + 1):
-            piece = os.read(fd, limit + 1 - len(raw))
+        while len(raw) < wanted:
+            piece = os.read(fd, wanted - len(raw))
             if not piece:
                 break
             raw += piece
@@ -273,7 +278,7 @@ def read_fields(path: Path, *, limit: int = _MAX_FILE) -> Fields | None:
     if len(raw) > limit:
         raise RecordCorrupt(path, f"it is larger than {limit} bytes")
     try:
-        members = json.loads(raw.decode(), object_pairs_hook=_Pairs)
+        members = _DECODER.decode(raw.decode())
     except (ValueError, RecursionError) as err:
         raise RecordCorrupt(path, f"it is not JSON ({err})") from err
     if not isinstance(members, _Pairs):
@@ -286,6 +291,11 @@ def read_fields(path: Path, *, limit: int = _MAX_FILE) -> Fields | None:
 
 class _Pairs(list[tuple[str, object]]):
     """An object's members in order, told apart from an array."""
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_Pairs
+)  # making one takes longer than using it
 
 
 def _plain(value: object) -> object:

@@ -297,6 +297,9 @@ class KernelPool:
         line = self._thin_line(name, found)
         state = found.state
         path = dmnode.path_of(name)
+        if state.deferred_remove:
+            # Where there is no udev, the library of another program (Docker) has taken it away
+            path = dmnode.ensure(name, state.number)
         return DeviceInfo(name, line.thin_id, line.size, path, _activation(state), state.open_count)
 
     def _thin_line(self, name: str, found: Found) -> tableline.ThinLine:
