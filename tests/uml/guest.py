@@ -75,6 +75,11 @@ class Guest:
             )
         return self._status
 
+    def interrupt(self) -> None:
+        """Have it end, from any thread; `wait` then finds it lost."""
+        assert self._process is not None
+        self._process.kill()
+
     def kill(self) -> None:
         """End it now; nothing of it runs when this returns."""
         if self._process is not None:

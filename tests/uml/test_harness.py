@@ -164,6 +164,21 @@ def test_the_shell_has_a_terminal_and_a_pool() -> None:
         os.close(master)
 
 
+def test_the_shell_ends_with_its_terminal() -> None:
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        PROGRAM, stdin=slave, stdout=slave, stderr=subprocess.PIPE, cwd=CHECKOUT
+    ) as shell:
+        os.close(slave)
+        try:
+            expect(master, b"uml:")
+            below = descendants(shell.pid)
+        finally:
+            os.close(master)
+        assert shell.wait(LIMIT) != 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+
+
 def expect(terminal: int, word: bytes) -> bytes:
     seen = b""
     while word not in seen:
