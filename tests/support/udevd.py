@@ -19,13 +19,16 @@ def udevd() -> Iterator[None]:
     do, the test itself need not.
     """
     _RUNTIME.mkdir(exist_ok=True)
-    daemon = subprocess.Popen([_PROGRAM], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _run(_PROGRAM, "--daemon")  # returns when it listens
     try:
-        for words in (["control", "--ping"], ["trigger", "--subsystem-match=block"], ["settle"]):
-            subprocess.run(["udevadm", *words], check=True, timeout=_WAIT)
+        _run("udevadm", "trigger", "--subsystem-match=block")
+        _run("udevadm", "settle")
         yield
     finally:
-        daemon.terminate()
-        daemon.wait(_WAIT)
+        _run("udevadm", "control", "--exit")
         # What libdevmapper looks at to know whether udevd runs
         (_RUNTIME / "control").unlink(missing_ok=True)
+
+
+def _run(*argv: str) -> None:
+    subprocess.run(argv, check=True, timeout=_WAIT)

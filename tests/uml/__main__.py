@@ -8,7 +8,7 @@ import termios
 import threading
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.uml.boot import HERE, Machine, Terminal, missing
@@ -17,7 +17,8 @@ from tests.uml.guest import Guest, LostKernel, run_in_uml, running
 
 def main() -> int:
     options = _options().parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     reason = missing()
     if reason:
         print(f"uml: {reason}", file=sys.stderr)
@@ -66,8 +67,10 @@ def _raw_terminal() -> Iterator[None]:
 
 
 def _type(guest: Guest) -> None:
-    while keys := os.read(0, 1024):
-        guest.type(keys)
+    with suppress(OSError):
+        while keys := os.read(0, 1024):
+            guest.type(keys)
+    guest.interrupt()  # the terminal is gone
 
 
 def _show(piece: bytes) -> None:

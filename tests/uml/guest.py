@@ -49,6 +49,12 @@ class Guest:
         self._console: deque[str] = deque(maxlen=_CONSOLE_TAIL)
         self._status: int | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process of the host with whose end the guest ends."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the command's exit status: 128 + N if signal N ended it.
 
@@ -68,6 +74,11 @@ class Guest:
                 self.console(),
             )
         return self._status
+
+    def interrupt(self) -> None:
+        """Have it end, from any thread; `wait` then finds it lost."""
+        assert self._process is not None
+        self._process.kill()
 
     def kill(self) -> None:
         """End it now; nothing of it runs when this returns."""
