@@ -11,6 +11,7 @@ from devmapper.engine.kernel.engine import KernelEngine
 from devmapper.linux import loop
 from devmapper.units import Bytes
 from tests.conformance.engine_suite import EngineSuite
+from tests.support import dm
 
 
 @pytest.mark.kernel
@@ -25,3 +26,6 @@ class TestKernelEngine(EngineSuite):
 
     def grow(self, device: Path, size: Bytes) -> None:
         os.truncate(loop.status(device).backing_file, size)
+
+    def settle(self) -> None:
+        dm.settle()

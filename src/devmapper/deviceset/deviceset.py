@@ -70,6 +70,10 @@ class DeviceSet:
         chosen = options if isinstance(options, Options) else parse_options(options)
         self._home = Path(home).absolute()
         self._engine = engine
+        if chosen.libdm_log_level is not None:
+            from devmapper.linux import libdm
+
+            libdm.set_log_level(chosen.libdm_log_level)
         self._prepare_home(create=do_init)
         self._graph = Graph(self._home, chosen, checkpoint)
         self._files = PoolFiles(self._home, self._graph.names.pool, chosen, checkpoint)
