@@ -107,6 +107,9 @@ class EngineSuite:
         """Let what `backing` made have *size* bytes, as the administrator would."""
         os.truncate(device, size)
 
+    def settle(self) -> None:
+        """Wait for those who look at every new file system, where there are any."""
+
     # The pool under test
 
     @pytest.fixture
@@ -150,6 +153,7 @@ class EngineSuite:
         """An active thin device with a mounted ext4."""
         make_file_system("ext4", origin)
         with mounted(origin, tmp_path / "mnt") as target:
+            self.settle()
             yield target
 
     # The pool's life

@@ -12,6 +12,7 @@ from devmapper.linux import loop
 from devmapper.units import Bytes
 from tests.conformance.engine_suite import EngineSuite
 from tests.conformance.kill_suite import KillSuite
+from tests.support import dm
 
 
 @pytest.mark.kernel
@@ -26,6 +27,9 @@ class TestKernelEngine(EngineSuite):
 
     def grow(self, device: Path, size: Bytes) -> None:
         os.truncate(loop.status(device).backing_file, size)
+
+    def settle(self) -> None:
+        dm.settle()
 
 
 @pytest.mark.kernel

@@ -19,7 +19,6 @@ from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.port import Engine, PoolTable
 from devmapper.engine.select import choose_engine
 from devmapper.errors import (
-    DeviceBusy,
     DevmapperError,
     PoolBusy,
     PoolMismatch,
@@ -240,7 +239,7 @@ class TestLoopFiles:
         with open_graph(home, engine) as driver:
             use(driver, "one")
             files = {name: home / "devicemapper" / name for name in ("data", "metadata")}
-            with pytest.raises(DeviceBusy, match="loop"):
+            with pytest.raises(PoolBusy, match="dm-"):
                 devmapper.init(home, GRAPH, engine=LocalEngine())
             driver.cleanup()
         table = PoolTable(files["metadata"], files["data"], Bytes(64 * MIB), Bytes(64 * 1024))

@@ -82,6 +82,10 @@ class DeviceSet:
         self._home = Path(home).absolute()
         self._engine = engine
         self.owner = owner
+        if chosen.libdm_log_level is not None:
+            from devmapper.linux import libdm
+
+            libdm.set_log_level(chosen.libdm_log_level)
         self._prepare_home(create=do_init)
         chosen = with_given_pool(self._home, chosen)
         self._graph = Graph(self._home, chosen, checkpoint)

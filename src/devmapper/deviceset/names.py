@@ -5,10 +5,12 @@ No I/O but one stat of the graph's home.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Final, NamedTuple, NewType, Self
 
 from devmapper.errors import UsageError
+from devmapper.linux.dmnode import MAX_NAME, is_plain
 
 LayerId = NewType("LayerId", str)
 
@@ -20,8 +22,8 @@ MIGRATED_SUFFIX: Final = ".migrated"
 RESERVED: Final = frozenset({BASE_NAME, DEVICESET_METADATA, TRANSACTION_METADATA})
 
 _MAX_ID_BYTES: Final = 255  # NAME_MAX: an id is a file's name
-_MAX_DEVICE_NAME: Final = 127  # DM_NAME_LEN - 1
 _DIGEST_DIGITS: Final = 32
+_UNFIT: Final = re.compile(r"[^A-Za-z0-9#+\-.:=@_]", re.ASCII)
 
 
 class GraphNames(NamedTuple):
@@ -48,16 +50,15 @@ class GraphNames(NamedTuple):
     def device(self, layer: LayerId) -> str:
         """Name of a layer's device.
 
-        The kernel takes 127 bytes.  Docker's own ids always fit; the rest of a longer one is
-        replaced by a digest.
+        The kernel takes 127 bytes, and udev some characters only.  Docker's own ids always fit; in
+        another one what does not fit is replaced, and a digest keeps it unique.
         """
         name = f"{self.prefix}-{file_name(layer)}"
-        raw = os.fsencode(name)
-        if len(raw) <= _MAX_DEVICE_NAME:
+        if is_plain(name):
             return name
-        digest = hashlib.sha256(raw).hexdigest()[:_DIGEST_DIGITS]
-        head = raw[: _MAX_DEVICE_NAME - _DIGEST_DIGITS - 1].decode(errors="ignore")
-        return f"{head}~{digest}"
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:_DIGEST_DIGITS]
+        head = _UNFIT.sub("_", name)[: MAX_NAME - _DIGEST_DIGITS - 1]
+        return f"{head}={digest}"
 
 
 def file_name(layer: LayerId) -> str:

@@ -13,9 +13,10 @@ from devmapper.deviceset.options import DEFAULT_THINP_BLOCK_SIZE, Options
 from devmapper.deviceset.pool_devices import Named
 from devmapper.deviceset.records import RecordStore
 from devmapper.deviceset.steps import Checkpoint, Step
+from devmapper.engine.claims import check_unclaimed
 from devmapper.engine.port import Engine, PoolTable, ThinPool
-from devmapper.errors import DeviceBusy, DevmapperError, PoolMismatch, UsageError
-from devmapper.linux import blockdev, disks
+from devmapper.errors import DevmapperError, PoolMismatch, UsageError
+from devmapper.linux import blockdev
 from devmapper.linux.files import allocated_bytes
 from devmapper.thin.format import Superblock
 from devmapper.units import SECTOR_SIZE, Bytes, data_block_size
@@ -132,15 +133,10 @@ class PoolFiles:
             failure.add_note(f"pool {self.name} stays active: {err}")
 
     def _check_nobody_has_the_files(self) -> None:
-        """`DeviceBusy` for a loop file below a device in use, such as the pool of another engine.
-
-        The embedded engine opens the file itself, and knows nothing of a pool in the kernel.
-        """
+        """`PoolBusy` for a loop file that a pool of the kernel is on, before anything is touched."""
         for half in (self.data, self.metadata):
             if half.loop_file is not None and half.loop_file.exists():
-                users = disks.users(half.loop_file)
-                if users:
-                    raise DeviceBusy(half.loop_file, users)
+                check_unclaimed(half.loop_file)
 
     def _take_given(
         self,

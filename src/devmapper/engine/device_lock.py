@@ -1,6 +1,6 @@
-"""The lock on a metadata device that keeps a second user from opening the same pool.
+"""The lock on a metadata device that keeps a second engine from opening the same pool.
 
-The kernel takes no lock for a pool of its own; there the question is whether it has the device.
+The kernel takes no lock for a pool of its own; for that there is `claims`.
 
 An open-file-description lock on the device itself (fcntl(2)), which the kernel drops when the
 holder dies.  Nothing can be written into the device to name the holder, so the length of the locked
@@ -10,7 +10,6 @@ range is its process id: whoever is refused is told that range.
 import errno
 import os
 import shlex
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
@@ -19,7 +18,7 @@ from struct import Struct
 from typing import Final
 
 from devmapper.errors import PoolBusy
-from devmapper.linux import blockdev, loop
+from devmapper.linux import blockdev
 
 _FLOCK: Final = Struct("@hhlli4x")  # struct flock of 64-bit Linux: type whence start len pid
 
@@ -40,27 +39,10 @@ def device_lock(path: Path, *, read_only: bool = False) -> Iterator[None]:
                 raise OSError(err.errno, f"lock: {err.strerror}", str(path)) from err
             raise PoolBusy(path, _holder(fd, request)) from err
         try:
-            if not read_only:
-                _check_kernel(path, os.fstat(fd))
             yield
         finally:
             # A child that was forked meanwhile shares the description: closing is not enough
             fcntl(fd, F_OFD_SETLK, _FLOCK.pack(F_UNLCK, os.SEEK_SET, 0, 0, 0))
-
-
-def _check_kernel(path: Path, found: os.stat_result) -> None:
-    """`PoolBusy` if the kernel uses the device, as it does for a pool of its own.
-
-    Two writers would destroy the pool.  A dockerd that was killed leaves its pool active.  A loop
-    device that stands on the file unused does no harm.
-    """
-    if stat.S_ISBLK(found.st_mode):
-        if loop.is_open_exclusively(path):
-            raise PoolBusy(path, "a device or file system of the kernel")
-        return
-    for node in loop.find_by_inode(found):
-        if not node.read_only and loop.is_open_exclusively(node.path):
-            raise PoolBusy(path, f"the kernel, by way of {node.path}")
 
 
 def _holder(fd: int, request: bytes) -> str:

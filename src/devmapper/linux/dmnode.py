@@ -4,6 +4,7 @@ Where udev runs it owns /dev/mapper; where it does not, nodes are ours to make.
 """
 
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,17 @@ from typing import Final
 from devmapper.linux.blockdev import DeviceNumber
 
 DIRECTORY: Final = Path("/dev/mapper")
+MAX_NAME: Final = 127  # DM_NAME_LEN less the NUL
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9#+\-.:=@_]{1,127}", re.ASCII)
 _SYSFS: Final = Path("/sys/dev/block")
+
+
+def is_plain(name: str) -> bool:
+    """Whether udev and dmsetup spell the name of a device as the kernel has it.
+
+    Other characters they replace by escapes, so that the node has another name than the device.
+    """
+    return _PLAIN_NAME.fullmatch(name) is not None
 
 
 def path_of(name: str) -> Path:

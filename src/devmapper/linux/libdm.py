@@ -28,7 +28,6 @@ from devmapper.units import Sectors
 log = logging.getLogger("devmapper.libdm")
 
 CONTROL: Final = Path("/dev/mapper/control")
-MAX_NAME: Final = 127  # DM_NAME_LEN less the NUL
 _LIBRARY: Final = "libdevmapper.so.1.02.1"
 _DEV_DIR: Final = b"/dev"
 _MANGLE_NOTHING: Final = 0  # DM_STRING_MANGLING_NONE
@@ -141,7 +140,6 @@ _SIGNATURES: Final[dict[str, tuple[list[Any], Any]]] = {
     "dm_task_set_cookie": ([pointer, POINTER(c_uint32), c_uint16], c_int),
     "dm_task_set_message": ([pointer, c_char_p], c_int),
     "dm_task_set_name": ([pointer, c_char_p], c_int),
-    "dm_task_set_ro": ([pointer], c_int),
     "dm_task_set_sector": ([pointer, c_uint64], c_int),
     "dm_task_update_nodes": ([], None),
     "dm_udev_create_cookie": ([POINTER(c_uint32)], c_int),
@@ -191,9 +189,6 @@ class Task:
         """Let udev confirm that it is done with the event; see `udev_cookie`."""
         value = c_uint32(cookie)
         self._check(self._lib.dm_task_set_cookie(self._raw, byref(value), int(flags)))
-
-    def set_read_only(self) -> None:
-        self._check(self._lib.dm_task_set_ro(self._raw))
 
     def no_flush(self) -> None:
         """STATUS: as things are, without a commit first."""

@@ -428,12 +428,18 @@ class MetadataSpaceMap(SpaceMap):
         self._index_block = 0
 
     @classmethod
-    def create(cls, tm: TransactionManager, nr_blocks: int) -> "MetadataSpaceMap":
-        """Manage a device that holds nothing but, from now on, a superblock."""
+    def create(
+        cls, tm: TransactionManager, nr_blocks: int, references: Iterable[int] = ()
+    ) -> "MetadataSpaceMap":
+        """Manage a device that has no space map yet, but will have a superblock.
+
+        *references* are the blocks that are in use already, each as often as it is referred to.
+        """
         self = cls(tm, 0)
         tm.attach(self)
         self.grow(nr_blocks)
         self.inc(layout.SUPERBLOCK_LOCATION)
+        self.inc_many(references)
         self._cursor = 1
         self._counts_root = self._counts.create()
         return self

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from devmapper.engine.claims import check_unclaimed
 from devmapper.engine.device_lock import device_lock
 from devmapper.engine.embedded.data_file import DataFile
 from devmapper.engine.port import PoolTable
@@ -25,10 +26,13 @@ def opened(table: PoolTable) -> Iterator[PoolDevices]:
 
     Blank metadata are formatted, and a pool that is smaller than its table grows, as in the kernel.
     `UsageError` for a table that makes no sense, `PoolMismatch` for one that is not this pool's,
-    `PoolBusy` for a pool that is open, `IntegrityError` for damage, `OSError` for the rest.
+    `PoolBusy` for a pool that is open here or in the kernel, `IntegrityError` for damage,
+    `OSError` for the rest.
     """
     check_table(table)
     with device_lock(table.metadata_device, read_only=table.read_only):
+        for path in (table.metadata_device, table.data_device):
+            check_unclaimed(path)
         data = DataFile.open(table.data_device, read_only=table.read_only)
         try:
             check_data_size(table, data)

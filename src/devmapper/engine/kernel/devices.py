@@ -56,7 +56,7 @@ def message(name: str, text: str) -> None:
         task.run()
 
 
-def create(name: str, target: Target, flags: UdevFlag, *, read_only: bool = False) -> Path | None:
+def create(name: str, target: Target, flags: UdevFlag) -> Path | None:
     """Make an active device and return its node; None if the name is taken.
 
     On an error, and where udev does not answer, there is no device afterwards.
@@ -69,20 +69,18 @@ def create(name: str, target: Target, flags: UdevFlag, *, read_only: bool = Fals
             return None
         raise
     try:
-        load(name, target, read_only=read_only)
+        load(name, target)
         return resume(name, flags)
     except BaseException as err:
         _undo_create(name, err)
         raise
 
 
-def load(name: str, target: Target, *, read_only: bool = False) -> None:
+def load(name: str, target: Target) -> None:
     """Load a table that becomes live with the next `resume`."""
     try:
         with libdm.task(TaskKind.RELOAD, name) as task:
             task.add_target(target)
-            if read_only:
-                task.set_read_only()
             task.run()
     except OSError as err:
         err.add_note(f"table: {target.start} {target.length} {target.kind} {target.params}")
@@ -175,8 +173,3 @@ def _undo_create(name: str, error: BaseException) -> None:
             dmnode.remove(name)
     except (DevmapperError, OSError) as err:
         error.add_note(f"device {name!r} stays: {err}")
-
-
-def has_udev() -> bool:
-    """Whether udev makes and removes the nodes."""
-    return libdm.udev_sync_support()

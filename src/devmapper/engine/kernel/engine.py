@@ -10,20 +10,22 @@ from devmapper.engine.kernel import (
     busy,
     devices,
     diagnosis,
+    leaving,
     loops,
     metadata_snap,
     recovery,
     tableline,
 )
 from devmapper.engine.kernel.devices import POOL_FLAGS
-from devmapper.engine.kernel.locks import PoolLocks
+from devmapper.engine.kernel.locks import PoolLocks, check_plain
 from devmapper.engine.kernel.pool import KernelPool
 from devmapper.engine.port import EngineFeatures, Outcome, PoolTable
 from devmapper.engine.runtime import check_name
 from devmapper.engine.tables import check_same_table, check_table
-from devmapper.errors import EngineError, PoolMismatch
+from devmapper.errors import EngineError, PoolMismatch, ThinBusy
 from devmapper.linux import dmnode, libdm
-from devmapper.linux.libdm import DeviceState, TaskKind
+from devmapper.linux.blockdev import DeviceNumber
+from devmapper.linux.libdm import TaskKind
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class KernelEngine:
 
         `PoolMismatch` if it is active with other devices or sizes, or if its metadata have others.
         """
-        check_name(name, "pool")
+        check_plain(name, "pool")
         check_table(table)
         if (pool := self.find_pool(name)) is not None:
             return _checked(pool, table)
@@ -85,7 +87,8 @@ class KernelEngine:
                 device_lock(table.metadata_device, read_only=table.read_only),
                 loops.block_devices(table) as real,
             ):
-                _make(name, real)
+                _make(name, table, real)
+            leaving.sweep(locks.directory)
             metadata_snap.forget(locks.directory)
             metadata_snap.release_left(name)
             pool = self.find_pool(name)
@@ -104,25 +107,28 @@ class KernelEngine:
         with locks.start():
             pool = self.find_pool(name)
             if pool is not None:
-                state = _check_idle(pool)
-                for info in pool.devices():
-                    pool.deactivate(info.name)
-                busy.remove(name, state.number)
+                number, names = _check_idle(pool)
+                for device in names:
+                    pool.deactivate(device)
+                busy.remove(name, number)
+            else:
+                _clear_half_made(name)
+            leaving.sweep(locks.directory)
             metadata_snap.forget(locks.directory)
             with suppress(OSError):  # none, or another engine's
                 locks.directory.rmdir()
         return Outcome.ALREADY if pool is None else Outcome.DONE
 
 
-def _make(name: str, table: PoolTable) -> None:
-    target = tableline.pool_target(table)
+def _make(name: str, table: PoolTable, real: PoolTable) -> None:
+    target = tableline.pool_target(real)
     try:
-        made = devices.create(name, target, POOL_FLAGS, read_only=table.read_only)
+        made = devices.create(name, target, POOL_FLAGS)
     except OSError as err:
-        raise diagnosis.explain(err, table) from err
+        raise diagnosis.explain(err, table, real) from err
     if made is None:
         raise PoolMismatch(f"device {name!r} appeared while pool {name!r} was activated")
-    log.info("activated pool %s on %s and %s", name, table.metadata_device, table.data_device)
+    log.info("activated pool %s on %s and %s", name, real.metadata_device, real.data_device)
 
 
 def _checked(pool: KernelPool, wanted: PoolTable) -> KernelPool:
@@ -143,15 +149,21 @@ def _clear_half_made(name: str) -> None:
             raise
 
 
-def _check_idle(pool: KernelPool) -> DeviceState:
-    """Nobody uses the pool or a device on it, or `ThinBusy`."""
-    found = pool.devices()
-    for info in found:
-        if info.open_count:
-            raise busy.busy(info.name, info.path)
+def _check_idle(pool: KernelPool) -> tuple[DeviceNumber, list[str]]:
+    """The pool's number and the devices on it, which nobody uses; or `ThinBusy`."""
     state = devices.find_state(pool.name)
     if state is None:
         raise EngineError(f"pool {pool.name!r} was removed while it was deactivated")
-    if state.open_count > len(dmnode.holders(state.number)):
-        raise busy.busy(pool.name)
-    return state
+    names = dmnode.holders(state.number)
+    for name in names:
+        found = devices.find(name)
+        if found is None:
+            continue
+        # Without a live table: half made by a process that was killed
+        if found.target is not None and found.target.kind != tableline.THIN:
+            raise ThinBusy(pool.name, (f"device {name!r} on top of it",))
+        if found.state.open_count:
+            busy.await_idle(name)
+    if state.open_count > len(names):
+        busy.await_idle(pool.name, expected=len(names))
+    return state.number, names

@@ -1,6 +1,6 @@
 """What the kernel's errnos mean for a pool: the one table.
 
-What each is for was tried on Linux 6.1 (`tests/kernel/test_kernel_errors.py`); what is not in the
+What each is for was tried on Linux 6.1 (`tests/kernel/test_kernel_modes.py`); what is not in the
 table stays the `OSError` that it is, with the message to the pool as a note.
 """
 
@@ -20,8 +20,9 @@ from devmapper.errors import (
 )
 from devmapper.units import ThinId
 
-# What a pool answers that is read-only or has failed
+# What a pool answers that is read-only, has failed or is out of metadata
 _REFUSALS: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EROFS, errno.EPERM})
+_REFUSING: Final = (PoolMode.READ_ONLY, PoolMode.FAIL)
 _NO_POOL: Final = frozenset({errno.ENXIO, errno.ENODEV, errno.ENOENT})
 
 
@@ -39,12 +40,9 @@ def translate(
     if err.errno in _NO_POOL:
         return not_active(pool)
     if err.errno == errno.ENOSPC:
-        now = status()
-        return PoolFull(Space.METADATA, free=now.total_metadata_blocks - now.used_metadata_blocks)
-    if err.errno in _REFUSALS:
-        now = status()
-        if now.mode is not PoolMode.WRITE:
-            return unusable(now)
+        return _full(status())
+    if err.errno in _REFUSALS and (now := status()).mode in _REFUSING:
+        return unusable(now)
     return err
 
 
@@ -54,6 +52,19 @@ def not_active(pool: str) -> PoolNotFound:
     )
 
 
-def unusable(status: PoolStatus) -> PoolUnusable:
+def unusable(status: PoolStatus) -> PoolUnusable | PoolFull:
     """Why a pool in the mode that *status* says cannot do what was asked."""
+    if _is_out_of_metadata(status):
+        return _full(status)
     return PoolUnusable(status.mode, "its metadata need a check" if status.needs_check else "")
+
+
+def _full(status: PoolStatus) -> PoolFull:
+    free = status.total_metadata_blocks - status.used_metadata_blocks
+    return PoolFull(Space.METADATA, free=free)
+
+
+def _is_out_of_metadata(status: PoolStatus) -> bool:
+    """The kernel's mode PM_OUT_OF_METADATA_SPACE, which its status calls `ro`."""
+    full = status.used_metadata_blocks >= status.total_metadata_blocks > 0
+    return status.mode is PoolMode.READ_ONLY and full and not status.needs_check

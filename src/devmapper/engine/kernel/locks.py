@@ -11,9 +11,20 @@ from typing import Final
 
 from devmapper.engine import runtime
 from devmapper.engine.runtime import DeviceLocked, device_lock, make_private
+from devmapper.errors import UsageError
+from devmapper.linux import dmnode
 
 _METADATA: Final = 2 << 32
 _LOCK_SECONDS: Final = 180.0
+
+
+def check_plain(name: str, what: str) -> str:
+    """As `runtime.check_name`, and without what udev and dmsetup would replace by escapes."""
+    if not dmnode.is_plain(runtime.check_name(name, what)):
+        raise UsageError(
+            f"{what} name {name!r} has other characters than A-Z a-z 0-9 # + - . : = @ _"
+        )
+    return name
 
 
 class PoolLocks:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from devmapper.engine.claims import check_unclaimed
 from devmapper.engine.port import PoolTable
-from devmapper.errors import EnvironmentLacking, PoolBusy
+from devmapper.errors import EnvironmentLacking
 from devmapper.linux import blockdev, loop
-from devmapper.linux.holders import stacked_devices
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def block_devices(table: PoolTable) -> Iterator[PoolTable]:
     """
     with ExitStack() as stack:
         metadata, data = (
-            stack.enter_context(_block_device(path, read_only=table.read_only))
+            stack.enter_context(_block_device(path))
             for path in (table.metadata_device, table.data_device)
         )
         yield table._replace(metadata_device=metadata, data_device=data)
@@ -49,14 +49,14 @@ def backing_file(device: Path) -> Path | None:
 
 
 @contextmanager
-def _block_device(path: Path, *, read_only: bool) -> Iterator[Path]:
+def _block_device(path: Path) -> Iterator[Path]:
     if not path.is_file():
         yield Path(os.path.realpath(path))
         return
-    _check_unused(path)
+    check_unclaimed(path)
     try:
         # As Docker's: through the page cache, so that what was just written is read from memory
-        with loop.attached_until_unused(path, direct_io=False, read_only=read_only) as node:
+        with loop.attached_until_unused(path, direct_io=False) as node:
             yield node
     except OSError as err:
         if err.errno == errno.ENODEV and err.filename == "/dev/loop-control":
@@ -65,16 +65,6 @@ def _block_device(path: Path, *, read_only: bool) -> Iterator[Path]:
                 hint="load the module loop, or allow this container /dev/loop-control",
             ) from err
         raise
-
-
-def _check_unused(path: Path) -> None:
-    """`PoolBusy` if a loop device on the file is part of another device already."""
-    for node in loop.find_by_backing_file(path):
-        if _spelled_as(node, path) != node:
-            continue
-        above = stacked_devices(blockdev.device_number(node))
-        if above:
-            raise PoolBusy(path, f"block device {above[0]} on {node}")
 
 
 def _spelled_as(active: Path, wanted: Path) -> Path:

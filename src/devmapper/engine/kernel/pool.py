@@ -15,6 +15,7 @@ from devmapper.engine.kernel import (
     busy,
     devices,
     errors,
+    leaving,
     loops,
     metadata_snap,
     queries,
@@ -23,9 +24,10 @@ from devmapper.engine.kernel import (
     tableline,
 )
 from devmapper.engine.kernel.devices import THIN_FLAGS, Found
-from devmapper.engine.kernel.locks import PoolLocks
+from devmapper.engine.kernel.locks import PoolLocks, check_plain
 from devmapper.engine.kernel.metadata_device import DirectDevice
 from devmapper.engine.kernel.status import PoolLine, parse_pool
+from devmapper.engine.kernel.tableline import THIN
 from devmapper.engine.port import (
     Activation,
     DeviceInfo,
@@ -35,7 +37,6 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
-from devmapper.engine.runtime import check_name
 from devmapper.errors import (
     EngineError,
     PoolMismatch,
@@ -130,7 +131,7 @@ class KernelPool:
         except OSError as err:
             if err.errno == errno.EINVAL:
                 line = self._status(flush=False)
-                if line.mode is PoolMode.WRITE and line.transaction_id != expected:
+                if line.mode is not PoolMode.FAIL and line.transaction_id != expected:
                     raise TransactionConflict(line.transaction_id, expected) from err
             raise self._translated(err) from err
         self._check_committed(new)
@@ -155,13 +156,17 @@ class KernelPool:
             for path in (device, loops.backing_file(device))
         ):
             raise UsageError(f"{str(target)!r} is a device of the pool itself")
-        metadata_export.export(self, self._locks, table, target)
+
+        def question(device: DirectDevice, superblock: Superblock) -> None:
+            metadata_export.export(device, superblock, target)
+
+        self._ask_metadata(question)
 
     # Its devices
 
     def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
         """Three ioctls: create, load, resume; and udev, where it runs."""
-        check_name(name, "device")
+        check_plain(name, "device")
         target = tableline.thin_target(self.name, _id(thin_id), size)
         with self._locks.change(name):
             try:
@@ -177,7 +182,7 @@ class KernelPool:
         with self._locks.change(name):
             state = devices.find_state(name)
             if state is None:
-                self._tidy_node(name)
+                leaving.tidy(name)
                 return Outcome.ALREADY
             if state.suspended and not recovery.resume_if_abandoned(name, self._locks):
                 next_state(name, Activation.SUSPENDED, Event.DEACTIVATE)
@@ -186,7 +191,7 @@ class KernelPool:
             elif state.deferred_remove:
                 return Outcome.ALREADY
             elif not devices.remove_deferred(name, state):
-                self._note_leaving(name)
+                leaving.note(self._locks.directory, name)
             return Outcome.DONE
 
     def cancel_deferred(self, name: str) -> Outcome:
@@ -209,8 +214,12 @@ class KernelPool:
         return None if found is None else self._info(name, found)
 
     def devices(self) -> list[DeviceInfo]:
-        """One ioctl for each device of this pool, however many others there are."""
-        infos = (self.info(name) for name in dmnode.holders(self._number()))
+        """One ioctl for each device on this pool, however many others there are."""
+        infos = []
+        for name in dmnode.holders(self._number()):
+            found = devices.find(name)
+            if found is not None and found.target is not None and found.target.kind == THIN:
+                infos.append(self._info(name, found))
         return [info for info in infos if info is not None]
 
     @contextmanager
@@ -341,14 +350,6 @@ class KernelPool:
                 f"device {name!r} stays suspended, it could not be resumed: {err.strerror}",
                 hint=f"dmsetup resume {name}",
             ) from err
-
-    def _tidy_node(self, name: str) -> None:
-        """Without udev nobody removes the node of a device that left with its last user."""
-        if not devices.has_udev():
-            dmnode.remove(name)
-
-    def _note_leaving(self, name: str) -> None:
-        """Keep the name, so that the node goes with the pool at the latest."""
 
 
 def _activation(state: DeviceState) -> Activation:

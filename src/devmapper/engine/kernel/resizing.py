@@ -22,7 +22,7 @@ def resize(name: str, active: PoolTable, wanted: PoolTable) -> None:
     wanted = loops.as_in(active, wanted)
     _check_successor(name, active, wanted)
     loops.take_new_sizes(active)
-    devices.load(name, tableline.pool_target(wanted), read_only=wanted.read_only)
+    devices.load(name, tableline.pool_target(wanted))
     try:
         devices.resume(name, POOL_FLAGS)
     except BaseException as err:
@@ -45,7 +45,7 @@ def _put_back(name: str, table: PoolTable, error: BaseException) -> None:
         return
     log.warning("pool %s did not take its new table, it gets the old one back: %s", name, error)
     try:
-        devices.load(name, tableline.pool_target(table), read_only=table.read_only)
+        devices.load(name, tableline.pool_target(table))
         devices.resume(name, POOL_FLAGS)
     except OSError as err:
         raise EngineError(

@@ -1,0 +1,158 @@
+"""Devices of device mapper for tests: ones that fail when told to, and what is left of any."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from devmapper.engine.kernel import devices
+from devmapper.engine.kernel.devices import THIN_FLAGS
+from devmapper.engine.port import PoolTable
+from devmapper.linux import libdm, loop
+from devmapper.linux.libdm import Target
+from devmapper.units import KIB, MIB, SECTOR_SIZE, Bytes, Sectors
+
+BLOCK: Final = Bytes(64 * KIB)
+DATA_SIZE: Final = Bytes(64 * MIB)
+METADATA_SIZE: Final = Bytes(4 * MIB)
+
+
+def make_table(
+    folder: Path, *, data_size: Bytes = DATA_SIZE, metadata_size: Bytes = METADATA_SIZE
+) -> PoolTable:
+    """The table of a pool on two new files in *folder*."""
+    for name, size in (("metadata", metadata_size), ("data", data_size)):
+        with open(folder / name, "wb") as file:
+            file.truncate(size)
+    return PoolTable(folder / "metadata", folder / "data", data_size, BLOCK)
+
+
+class Replaceable:
+    """A device that maps another one, until it is told to fail."""
+
+    def __init__(self, name: str, below: Path) -> None:
+        self.name = name
+        self._below = below
+        self._sectors = Sectors(loop.capacity(below) // SECTOR_SIZE)
+        path = devices.create(name, self._target("linear", f"{below} 0"), THIN_FLAGS)
+        assert path is not None
+        self.path = path
+
+    def work(self) -> None:
+        self._replace("linear", f"{self._below} 0")
+
+    def fail_writes(self) -> None:
+        self._replace("flakey", f"{self._below} 0 0 3600 1 error_writes")
+
+    def fail(self) -> None:
+        self._replace("error", "")
+
+    def _target(self, kind: str, params: str) -> Target:
+        return Target(Sectors(0), self._sectors, kind, params)
+
+    def _replace(self, kind: str, params: str) -> None:
+        devices.load(self.name, self._target(kind, params))
+        devices.resume(self.name, THIN_FLAGS)
+
+
+@contextmanager
+def replaceable(name: str, file: Path) -> Iterator[Replaceable]:
+    """A device on *file* that can be made to fail."""
+    with loop.attached(file, direct_io=False) as below:
+        device = Replaceable(name, below)
+        try:
+            yield device
+        finally:
+            device.work()
+            settle()
+            devices.remove(name)
+
+
+def udevadm(*arguments: str) -> None:
+    # A guest's root may be a chroot, where udevadm does nothing and says that all is well
+    environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
+    subprocess.run(["udevadm", *arguments], env=environment, check=True, timeout=60)
+
+
+def settle() -> None:
+    """Wait until udev, where it runs, has handled what has happened."""
+    if libdm.udev_sync_support():
+        udevadm("settle")
+
+
+def status_line(name: str) -> str:
+    found = devices.status(name, flush=False)
+    assert found is not None
+    assert found.target is not None
+    return found.target.params
+
+
+def table_line(name: str) -> str:
+    """As `dmsetup table` prints it."""
+    found = devices.find(name)
+    assert found is not None
+    assert found.target is not None
+    start, length, kind, params = found.target
+    return f"{start} {length} {kind} {params}".strip()
+
+
+def loops_on(*files: Path) -> list[Path]:
+    """The loop devices that stand on *files*."""
+    return [node for file in files for node in loop.find_by_backing_file(file)]
+
+
+def semaphores() -> set[str]:
+    """The keys of all System V semaphores."""
+    lines = Path("/proc/sysvipc/sem").read_text(encoding="ascii").splitlines()[1:]
+    return {line.split()[0] for line in lines}
+
+
+@contextmanager
+def udevd() -> Iterator[None]:
+    """udev runs for the duration, if it did not before."""
+    if Path("/run/udev/control").exists():
+        yield
+        return
+    daemon = subprocess.Popen(
+        ["/lib/systemd/systemd-udevd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(Path("/run/udev/control").exists)
+        udevadm("control", "--ping")
+        udevadm("trigger", "--subsystem-match=block")
+        udevadm("settle")
+        yield
+    finally:
+        udevadm("control", "--exit")
+        daemon.wait(30)
+        with suppress(FileNotFoundError):
+            os.unlink("/run/udev/control")
+
+
+@contextmanager
+def program(source: str, *args: str) -> Iterator["subprocess.Popen[str]"]:
+    """A Python program in a child process; killed if it still runs."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", source, *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Fail if *condition* does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
