@@ -263,6 +263,7 @@ class EngineSuite:
         assert (conflict.value.pool, conflict.value.expected) == (5, 4)
         pool.create_thin(ORIGIN)
         assert pool.status().transaction_id == 5
+        assert pool.transaction_id() == 5
         again = self.reopen(engine, table)
         assert again.status().transaction_id == 5
         assert again.thin_status(ORIGIN).transaction_id == 5

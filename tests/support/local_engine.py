@@ -72,6 +72,9 @@ class LocalPool:
             False,
         )
 
+    def transaction_id(self) -> TransactionId:
+        return self.status().transaction_id
+
     def thin_ids(self) -> list[ThinId]:
         return self._metadata.thin_ids()
 

@@ -139,7 +139,7 @@ class Journal:
 
         Another process moves the pool's id; one that died on its way has left its intent.
         """
-        if not self.settled or self.pool.status().transaction_id != self.transaction_id:
+        if not self.settled or self.pool.transaction_id() != self.transaction_id:
             return False
         intent = self.store.load_transaction()
         return intent is None or intent.open_transaction_id == self.transaction_id

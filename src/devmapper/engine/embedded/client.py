@@ -57,6 +57,9 @@ class EmbeddedPoolClient:
     def status(self) -> PoolStatus:
         return self._ask(PoolStatus, "status")
 
+    def transaction_id(self) -> TransactionId:
+        return self.status().transaction_id
+
     def thin_ids(self) -> list[ThinId]:
         return self._ask(list[ThinId], "thin_ids")
 

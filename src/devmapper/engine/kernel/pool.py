@@ -89,6 +89,10 @@ class KernelPool:
             low_water_reached=line.mode is not PoolMode.FAIL and free <= table.low_water_mark,
         )
 
+    def transaction_id(self) -> TransactionId:
+        """One ioctl."""
+        return self._status(flush=False).transaction_id
+
     def thin_ids(self) -> list[ThinId]:
         return self._ask_metadata(queries.thin_ids)
 
