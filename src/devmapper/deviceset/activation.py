@@ -36,6 +36,7 @@ class LayerMounts:
         self._graph = graph
         self._locks: KeyedLock[LayerId] = KeyedLock()
         self._users: dict[LayerId, int] = {}
+        self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
 
     @contextmanager
     def hold(self, *layers: LayerId) -> Iterator[None]:
@@ -88,9 +89,14 @@ class LayerMounts:
         if info is None or info.open_count == 0:  # a mount is a user
             return None
         try:
-            places = mount.mounts_of(blockdev.device_number(info.path))
+            number = blockdev.device_number(info.path)
         except FileNotFoundError:
             return None  # it went meanwhile
+        # The table of mounts is long where there are many layers: first where it ought to be
+        usual = self._mount_points / layer
+        if layer and mount.is_mount_of(usual, number):
+            return usual
+        places = mount.mounts_of(number)
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
