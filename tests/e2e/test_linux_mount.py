@@ -36,6 +36,9 @@ def test_a_mounted_device_is_found(device: Path, point: Path) -> None:
     with mount.mounted_at(device, point, "ext4", flags=mount.MountFlag.NOATIME, data="discard"):
         assert mount.mounted(point)
         (entry,) = mount.mounts_of(blockdev.device_number(device))
+        assert mount.is_mount_of(point, entry.device)
+        assert not mount.is_mount_of(point.parent, entry.device)
+        assert not mount.is_mount_of(point / "missing", entry.device)
         assert (entry.mount_point, entry.fs_type, entry.source) == (point, "ext4", str(device))
         assert "noatime" in entry.options
         assert "discard" in entry.super_options

@@ -99,11 +99,16 @@ class LayerMounts:
         if info is None or info.open_count == 0:  # a mount is a user
             return None
         try:
-            places = mount.mounts_of(blockdev.device_number(info.path))
+            number = blockdev.device_number(info.path)
         except OSError as err:
             if err.errno in (errno.ENOENT, errno.ENOTBLK):  # it went meanwhile, or never was one
                 return None
             raise
+        # The table of mounts is long where there are many layers: first where it ought to be
+        usual = self._mount_points / layer
+        if layer and mount.is_mount_of(usual, number):
+            return usual
+        places = mount.mounts_of(number)
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:

@@ -133,7 +133,7 @@ class PoolFiles:
             failure.add_note(f"pool {self.name} stays active: {err}")
 
     def _check_nobody_has_the_files(self) -> None:
-        """`PoolBusy` for a loop file that a pool of the kernel is on, before anything is touched."""
+        """`PoolBusy` for a loop file that the kernel has a pool on, before anything is touched."""
         for half in (self.data, self.metadata):
             if half.loop_file is not None and half.loop_file.exists():
                 check_unclaimed(half.loop_file)

@@ -9,6 +9,7 @@ creating a task to destroying it.  Nothing is waited for inside: not for udev (`
 the one ioctl that waits for I/O, SUSPEND, runs without it.
 """
 
+import atexit
 import ctypes
 import errno
 import logging
@@ -346,6 +347,8 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as err:
         raise OSError(errno.ENOENT, f"library cannot be used: {err}", _LIBRARY) from err
     _install_log(lib)
+    # The library's destructor says what it has left undone, when there is no Python any more
+    atexit.register(lib.dm_log_with_errno_init, None)
     lib.dm_set_dev_dir(_DEV_DIR)
     lib.dm_set_name_mangling_mode(_MANGLE_NOTHING)
     lib.dm_hold_control_dev(1)  # one open for the process, not one for each task

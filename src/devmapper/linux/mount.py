@@ -124,6 +124,19 @@ def is_mount_root(path: Path) -> bool:
     return is_mount_point(path) if found is None else found
 
 
+def is_mount_of(path: Path, device: DeviceNumber) -> bool:
+    """Whether the root of the file system on *device* is mounted on *path*, by asking *path*.
+
+    Not for btrfs, whose files show a device number of their own.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    same = DeviceNumber(os.major(found.st_dev), os.minor(found.st_dev)) == device
+    return same and is_mount_root(path)
+
+
 def mounts_of(device: DeviceNumber) -> list[MountEntry]:
     """Where the file system on *device* is mounted, as this process sees it."""
     wanted = str(device).encode("ascii")

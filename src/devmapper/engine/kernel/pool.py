@@ -47,7 +47,7 @@ from devmapper.errors import (
 )
 from devmapper.linux import blockdev, dmnode
 from devmapper.linux.blockdev import DeviceNumber
-from devmapper.linux.libdm import DeviceState
+from devmapper.linux.libdm import DeviceState, Target
 from devmapper.thin.format import Superblock
 from devmapper.units import Bytes, ThinId, TransactionId, thin_id
 
@@ -60,6 +60,7 @@ class KernelPool:
     def __init__(self, name: str, number: DeviceNumber, locks: PoolLocks) -> None:
         self.name = name
         self._known_number = number
+        self._known_line: tableline.PoolLine | None = None
         self._locks = locks
 
     # The pool
@@ -71,9 +72,10 @@ class KernelPool:
         return line.table(metadata, dmnode.device_path(line.data_device))
 
     def status(self) -> PoolStatus:
-        """Two ioctls.  The pool commits first, as for moby, so that the numbers are of now."""
-        line = self._status(flush=True)
-        table = self._line()
+        """One ioctl.  moby's makes the pool commit; the numbers in memory are as good."""
+        found = self._find_status(flush=False)
+        line = parse_pool(found.params)
+        table = self._table_of(found)
         free = line.total_data_blocks - line.used_data_blocks
         return PoolStatus(
             line.transaction_id,
@@ -253,10 +255,19 @@ class KernelPool:
     # How
 
     def _status(self, *, flush: bool) -> PoolLine:
+        return parse_pool(self._find_status(flush=flush).params)
+
+    def _find_status(self, *, flush: bool) -> Target:
         found = devices.status(self.name, flush=flush)
         if found is None or found.target is None:
             raise errors.not_active(self.name)
-        return parse_pool(found.target.params)
+        return found.target
+
+    def _table_of(self, status: Target) -> tableline.PoolLine:
+        """The table, asked anew when the pool's length has changed: the rest of it cannot."""
+        if self._known_line is None or self._known_line.length != status.length:
+            self._known_line = self._line()
+        return self._known_line
 
     def _line(self) -> tableline.PoolLine:
         found = devices.find(self.name)
