@@ -48,19 +48,26 @@ def init(
     *engine* is which one to use: "auto", "kernel" or "embedded", or one that the caller has made.
     With maps of a user namespace (`deviceset.id_maps.IdMap`) the home, mount points and the root
     of each layer belong to the container's root; `UsageError`, before anything is touched, for maps
-    without one.
+    without one.  Errors are those of `DeviceSet` and `EnvironmentLacking`.  moby `driver.go` Init.
     """
     root = container_root(uid_maps, gid_maps)
     return Driver(DeviceSet(home, options, engine=_engine(engine), owner=root))
 
 
 def mounted(path: Path | str) -> bool:
-    """Whether another file system begins at *path*; the seed's `Mounted`."""
+    """Whether another file system begins at *path*; one that is not there is not mounted.
+
+    `OSError` if it cannot be looked at.  moby `mount.go` Mounted.
+    """
     return mount.mounted(Path(path))
 
 
 def probe_fs_type(device: Path | str) -> str:
-    """Kind of the file system on *device*: btrfs, ext4 or xfs; the seed's `ProbeFsType`."""
+    """Kind of the file system on *device*: btrfs, ext4 or xfs.
+
+    `OSError`: EIO if it is shorter than 65,608 bytes, EINVAL if it has none of them.  moby
+    `mount.go` ProbeFsType.
+    """
     return blockdev.probe_fs_type(Path(device))
 
 
@@ -83,6 +90,7 @@ class Driver:
         self._private_home = PrivateHome(devices.home, devices.exclusive)
 
     def __str__(self) -> str:
+        """The driver's name, as moby `driver.go` String has it."""
         return "devicemapper"
 
     def __enter__(self) -> Self:
@@ -111,7 +119,10 @@ class Driver:
         """Make layer *id* on top of *parent*, or on the empty base layer.
 
         *storage_opt* may hold `size`, such as "20G": at least the parent's size.  *mount_label* is
-        taken for Docker's sake: labels are given at the mount.
+        taken for Docker's sake: labels are given at the mount.  Durable when it returns.
+
+        `UsageError`, `LayerExists`, `LayerNotFound` for the parent, `PoolFull`.  moby `driver.go`
+        Create.
         """
         options = parse_layer_options(storage_opt or {})
         if mount_label:
@@ -122,7 +133,7 @@ class Driver:
         """Delete a layer; one that does not exist is removed already.
 
         With dm.use_deferred_deletion a layer in use is deleted when its last user is gone, which
-        the result tells.
+        the result tells; without it that is `LayerBusy`.  moby `driver.go` Remove.
         """
         deletion = Deletion.DONE
         with suppress(LayerNotFound):
@@ -131,7 +142,11 @@ class Driver:
         return deletion
 
     def get(self, id: str, mount_label: str = "") -> str:  # noqa: A002 - the seed's name
-        """Mount a layer, or count one more user, and return the directory with its files."""
+        """Mount a layer, or count one more user, and return the directory with its files.
+
+        That is `<home>/mnt/<id>/rootfs`.  `LayerNotFound`, `LayerBusy`, `MountFailed`, `UsageError`
+        for a label that is not fit.  moby `driver.go` Get.
+        """
         layer = layer_id(id)
         if not self.devices.has_device(layer):
             raise LayerNotFound(layer)
@@ -152,12 +167,17 @@ class Driver:
         return str(path / ROOTFS)
 
     def put(self, id: str) -> None:  # noqa: A002 - the seed's name
-        """Take back one `get`; the last one unmounts the layer and removes its mount point."""
+        """Take back one `get`; the last one unmounts the layer and removes its mount point.
+
+        `LayerNotFound`, `LayerNotMounted`; `LayerBusy` names who uses it, and it can be called
+        again.  moby `driver.go` Put.
+        """
         layer = layer_id(id)
         if self.devices.unmount_device(layer) == 0:
             self._remove_mount_point(layer)
 
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
+        """Whether the layer exists; `UsageError` for an id that no layer can have.  moby Exists."""
         return self.devices.has_device(layer_id(id))
 
     def layers(self) -> list[str]:
@@ -165,11 +185,14 @@ class Driver:
         return [layer for layer in self.devices.list() if layer]
 
     def status(self) -> list[tuple[str, str]]:
-        """The rows of `docker info`."""
+        """The rows of `docker info`, keys and values in moby's order (`driver.go` Status)."""
         return rows(self.devices.status())
 
     def get_metadata(self, id: str) -> dict[str, str]:  # noqa: A002 - the seed's name
-        """What `docker inspect` shows of a layer."""
+        """What `docker inspect` shows of a layer, size in bytes; `LayerNotFound`.
+
+        moby `driver.go` GetMetadata.
+        """
         info = self.devices.dev_info(layer_id(id))
         return {
             "DeviceId": str(info.device_id),
@@ -262,7 +285,10 @@ class Driver:
         return found
 
     def cleanup(self) -> None:
-        """Unmount every layer, let go of the pool, and undo the private mount of the home."""
+        """Unmount every layer, let go of the pool, and undo the private mount of the home.
+
+        `LayerBusy` names who keeps it from ending; the rest is let go.  moby `driver.go` Cleanup.
+        """
         self.devices.shutdown()
         self._private_home.release(seconds=1.0)
 

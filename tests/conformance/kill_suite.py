@@ -16,7 +16,7 @@ import pytest
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.steps import Checkpoint, Step, no_checkpoint
 from devmapper.engine.port import Activation, Engine
-from devmapper.linux import loop
+from devmapper.linux import loop, mount
 from devmapper.units import MIB
 from tests.support.graphs import check_consistent, records
 
@@ -205,16 +205,85 @@ class KillSuite:
         assert Step.THIN_DELETED in steps
 
     def test_growing_the_pool(self, home: Path) -> None:
-        sizes = iter(range(65 * MIB, 200 * MIB, MIB))
-        wanted = [next(sizes)]
+        data = iter(range(65 * MIB, 200 * MIB, MIB))
+        metadata = iter(range(9 * MIB, 100 * MIB, MIB))
+        wanted = [64 * MIB, 8 * MIB]
 
         def undo(_devices: DeviceSet) -> None:
-            wanted[0] = next(sizes)
+            wanted[:] = [next(data), next(metadata)]
+
+        def grow(devices: DeviceSet) -> None:
+            devices.resize_pool(wanted[0], metadata_size=wanted[1])
 
         def after(_step: Step, devices: DeviceSet) -> None:
-            devices.resize_pool(wanted[0])  # the same call again completes it
-            assert devices.status().data.total == wanted[0]
+            grow(devices)  # the same call again completes it
+            status = devices.status()
+            assert [status.data.total, status.metadata.total] == wanted
 
-        self.kill_at_every_step(
-            home, lambda devices: devices.resize_pool(wanted[0]), undo, after=after
+        steps = self.kill_at_every_step(home, grow, undo, after=after)
+        assert {Step.METADATA_FILE_GROWN, Step.DATA_GROWN} <= set(steps)
+
+    def test_creation_with_a_size_of_its_own(self, home: Path) -> None:
+        def undo(devices: DeviceSet) -> None:
+            if devices.has_device("large"):
+                devices.delete_device("large")
+
+        def after(step: Step, devices: DeviceSet) -> None:
+            assert devices.has_device("large") is (step is Step.LAYER_COMPLETED)
+            if step is not Step.LAYER_COMPLETED:
+                devices.add_device("large", "", size=48 * MIB)
+            assert devices.dev_info("large").size == 48 * MIB
+
+        steps = self.kill_at_every_step(
+            home, lambda devices: devices.add_device("large", "", size=48 * MIB), undo, after=after
         )
+        assert {Step.LAYER_GROWN, Step.LAYER_COMPLETED} <= set(steps)
+
+    def test_growing_the_base(self, home: Path, tmp_path: Path) -> None:
+        larger = "dm.basesize=48M"
+        noting = Noting()
+        with self.open(tmp_path / "noted") as devices:
+            devices.add_device("one", "")
+        with self.open(tmp_path / "noted", larger, checkpoint=noting) as devices:
+            devices.shutdown()
+        assert {Step.BASE_SIZE_RECORDED, Step.BASE_GROWN} <= set(noting.seen)
+        for step in noting.seen:
+            folder = tmp_path / f"killed-{step}"
+            with self.open(folder) as devices:
+                devices.add_device("one", "")
+
+            def work(folder: Path = folder, step: Step = step) -> None:
+                self.open(folder, larger, checkpoint=Killing(step))
+
+            run_killed(work)
+            with self.open(folder, larger) as devices:
+                self.check(folder, devices)
+                devices.add_device("two", "")
+                sizes = [devices.dev_info(layer).size for layer in ("", "one", "two")]
+                assert sizes == [48 * MIB, 32 * MIB, 48 * MIB]
+                self.check(folder, devices)
+                devices.shutdown()
+            assert loop_devices_on(folder) == []
+
+    def test_a_deletion_that_is_put_off(self, home: Path, tmp_path: Path) -> None:
+        """The layer is gone for everybody from the first step on, its device with its last user."""
+        deferred = ("dm.use_deferred_removal=true", "dm.use_deferred_deletion=true")
+        point = tmp_path / "mnt"
+        point.mkdir()
+        for step in (Step.LAYER_DOOMED, Step.REMOVAL_DEFERRED):
+
+            def work(step: Step = step) -> None:
+                devices = self.open(home, *deferred)
+                devices.add_device("held", "")
+                devices.mount_device("held", point)
+                devices.close()
+                self.open(home, *deferred, checkpoint=Killing(step)).delete_device("held")
+
+            run_killed(work)
+            with self.open(home, *deferred) as devices:
+                assert devices.list() == [""]
+                check_consistent(home, devices)
+            mount.unmount(point)
+            with self.open(home, *deferred) as devices:
+                assert set(records(home)) == {"base"}
+                self.check(home, devices)

@@ -77,6 +77,10 @@ class DeviceSet:
         Without it a graph that is not there is `PoolNotFound`.  *owner* is the root of containers
         in a user namespace, which has to get through the home.  Deletions that were put off are
         tried again every *deletion_interval* seconds while it is open.
+
+        `UsageError` for options, `PoolMismatch` for a pool that is not this graph's,
+        `TransactionConflict` and `RecordCorrupt` where files and pool cannot be brought together;
+        what was activated for it is let go again.  moby `deviceset.go` NewDeviceSet, initDevmapper.
         """
         chosen = options if isinstance(options, Options) else parse_options(options)
         self._home = Path(home).absolute()
@@ -133,11 +137,12 @@ class DeviceSet:
 
     @property
     def transaction_id(self) -> int:
+        """The number in the pool that each transaction moves by one; moby TransactionId."""
         return self._graph.pool.status().transaction_id
 
     @property
     def next_device_id(self) -> int:
-        """The thin id given out last, as the graph's file has it."""
+        """The thin id given out last, as the graph's file has it; moby DeviceSet.NextDeviceId."""
         return self._graph.store.load_deviceset().next_device_id
 
     def add_device(self, hash: str, base_hash: str, *, size: int | None = None) -> None:  # noqa: A002 - the seed's name
@@ -145,7 +150,10 @@ class DeviceSet:
 
         A parent whose device is active is suspended while the snapshot is made.  With a *size* in
         bytes, at least the parent's, the layer has it and its file system grows; where that fails
-        there is no layer.
+        there is no layer.  Durable when it returns.
+
+        `UsageError` for ids and sizes that are not fit, `LayerExists`, `LayerNotFound` for the
+        parent, `PoolFull` below dm.min_free_space.  moby `deviceset.go` AddDevice.
         """
         layer, parent = layer_id(hash), internal_layer_id(base_hash)
         with self._mounts.hold(layer, parent):
@@ -158,7 +166,8 @@ class DeviceSet:
         """Delete a layer; one that is in use is `LayerBusy`, and nothing was changed.
 
         With dm.use_deferred_deletion the layer is gone for everybody at once, and its device and
-        blocks when its last user is gone; the result says if that is still to come.
+        blocks when its last user is gone; the result says if that is still to come.  Durable when
+        it returns.  `LayerNotFound`.  moby `deviceset.go` DeleteDevice, which tries for 20 s.
         """
         deletion = self._deletions.delete(internal_layer_id(hash))
         if deletion is Deletion.PUT_OFF:
@@ -166,7 +175,11 @@ class DeviceSet:
         return deletion
 
     def mount_device(self, hash: str, path: Path | str, mount_label: str = "") -> None:  # noqa: A002 - the seed's name
-        """Mount the layer's file system on *path*, or count one more user of that mount."""
+        """Mount the layer's file system on *path*, or count one more user of that mount.
+
+        `LayerNotFound`, `LayerBusy` if it is mounted elsewhere, `MountFailed`, `UsageError` for a
+        label that is not fit; the layer is as it was then.  moby `deviceset.go` MountDevice.
+        """
         check_label(mount_label)
         layer = internal_layer_id(hash)
         self._known(layer)
@@ -177,7 +190,8 @@ class DeviceSet:
         """Take back one `mount_device`; the last one unmounts and deactivates.
 
         Returns how many are left.  It is also how the last user of a layer leaves whose deletion
-        was put off.
+        was put off.  `LayerNotFound`, `LayerNotMounted`; `LayerBusy` after a few seconds, and
+        nothing has changed.  moby `deviceset.go` UnmountDevice, which detaches lazily.
         """
         layer = internal_layer_id(hash)
         record = self._graph.store.load(layer)
@@ -189,17 +203,23 @@ class DeviceSet:
         return left
 
     def has_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
+        """Whether the layer exists; one that is being deleted does not.  moby HasDevice."""
         return self._find(internal_layer_id(hash)) is not None
 
     def has_activated_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
+        """Whether the layer has a block device now; moby HasActivatedDevice."""
         layer = internal_layer_id(hash)
         return self._find(layer) is not None and self._mounts.info(layer) is not None
 
     def is_mounted(self, hash: str) -> bool:  # noqa: A002 - the seed's name
+        """Whether the layer is mounted in this mount namespace, whoever mounted it."""
         return self._mounts.mount_point(internal_layer_id(hash)) is not None
 
     def list(self) -> list[str]:
-        """The ids of all layers, sorted; the base layer is ""."""
+        """The ids of all layers, sorted; the base layer is "".
+
+        moby `deviceset.go` List knows only those that its process has touched.
+        """
         records = self._graph.store.load_all()
         return sorted(layer for layer, record in records.items() if not record.deleted)
 
@@ -210,6 +230,7 @@ class DeviceSet:
         return MetaData({layer: DevInfo.of(layer, records[layer], names) for layer in records})
 
     def dev_info(self, hash: str) -> DevInfo:  # noqa: A002 - the seed's name
+        """The layer's record and the name of its device; `LayerNotFound`."""
         layer = internal_layer_id(hash)
         return DevInfo.of(layer, self._known(layer), self._graph.names)
 
@@ -219,7 +240,10 @@ class DeviceSet:
         return None if info is None else info.path
 
     def get_device_status(self, hash: str) -> DevStatus:  # noqa: A002 - the seed's name
-        """Sizes of one layer; nothing is activated for it, as moby does."""
+        """Sizes of one layer in bytes and sectors of 512; `LayerNotFound`, `PoolMismatch`.
+
+        Nothing is activated for it, unlike in moby `deviceset.go` GetDeviceStatus.
+        """
         layer = internal_layer_id(hash)
         record = self._known(layer)
         pool = self._graph.pool
@@ -228,6 +252,10 @@ class DeviceSet:
         return dev_status(record.size, thin, record.transaction_id, pool.status().block_size)
 
     def status(self) -> Status:
+        """The graph and its pool at this moment; all numbers are 0 if the pool does not answer.
+
+        moby `deviceset.go` Status, which ignores the pool's mode.
+        """
         options = self._graph.options
         return graph_status(
             self._home,
@@ -243,11 +271,11 @@ class DeviceSet:
         )
 
     def data_device_path(self) -> str:
-        """Where data are stored, be it a device or a loop file."""
+        """Where data are stored, be it a device or a loop file; moby DataDevicePath."""
         return self._paths().data
 
     def metadata_device_path(self) -> str:
-        """Where pool metadata are stored, be it a device or a loop file."""
+        """Where pool metadata are stored, a device or a loop file; moby MetadataDevicePath."""
         return self._paths().metadata
 
     def inconsistencies(self) -> Sequence[str]:
@@ -281,7 +309,11 @@ class DeviceSet:
             )
 
     def dm_log(self, level: int, file: str, line: int, dm_error: int, message: str) -> None:
-        """Where libdevmapper's own messages go: to the log, and errors only if they are fatal."""
+        """Where libdevmapper's own messages go: to the log, and errors only if they are fatal.
+
+        *level* is libdevmapper's: 2 fatal to 7 debug.  moby `devmapper_log.go` DMLog, which also
+        told errors apart by their text; here nothing is decided.
+        """
         if level >= _DM_LOG_DEBUG:
             return
         kind = logging.ERROR if level <= DM_LOG_LEVEL else logging.DEBUG
@@ -291,7 +323,7 @@ class DeviceSet:
         """Unmount and deactivate every layer, let go of the pool, keep the id counter.
 
         What is in use stays mounted, and so does the pool: `LayerBusy` names it after all the rest
-        has been let go.
+        has been let go.  moby `deviceset.go` Shutdown.
         """
         self._worker.stop()
         try:

@@ -8,7 +8,11 @@ from devmapper.deviceset.records import LayerRecord
 
 
 class DevInfo(NamedTuple):
-    """The seed's `DevInfo`; *hash* is the layer's id, "" for the base layer."""
+    """A layer's record; moby `deviceset.go` devInfo.
+
+    *hash* is the layer's id, "" for the base layer; *device_id* its thin id, 24 bits; *size* in
+    bytes; *initialized* is true for a formatted base layer only.
+    """
 
     hash: str
     device_id: int
@@ -31,11 +35,11 @@ class DevInfo(NamedTuple):
         )
 
     def name(self) -> str:
-        """Name of the device, such as `docker-8:1-42-base`."""
+        """Name of the device, such as `docker-8:1-42-base`; moby devInfo.Name."""
         return self.device
 
     def dev_name(self) -> str:
-        """Where the kernel's device mapper has its node.
+        """Where the kernel's device mapper has its node; moby devInfo.DevName.
 
         The embedded engine uses a loop device instead, which is found by `DeviceSet.device_path`.
         """

@@ -12,7 +12,10 @@ from devmapper.units import SECTOR_SIZE, Bytes, human_size
 
 
 class DiskUsage(NamedTuple):
-    """Bytes of one half of the pool."""
+    """Bytes of one half of the pool; moby `deviceset.go` DiskUsage.
+
+    *available* is no more than the file system below a loop file has left.
+    """
 
     used: Bytes = Bytes(0)
     total: Bytes = Bytes(0)
@@ -20,7 +23,10 @@ class DiskUsage(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The seed's `Status`; those from *backing_file_system* on are not in it."""
+    """A graph and its pool: moby `deviceset.go` Status, sizes in bytes.
+
+    The fields from *backing_file_system* on are not in the seed's.
+    """
 
     pool_name: str
     data_file: str
@@ -46,7 +52,10 @@ class Status(NamedTuple):
 
 
 class DevStatus(NamedTuple):
-    """The seed's `DevStatus`: a layer's record and what the pool says about its thin device."""
+    """A layer's record and what the pool says about its thin device; moby DevStatus.
+
+    *size* in bytes, the rest in sectors of 512 bytes; mapped are shared ones too.
+    """
 
     device_id: int
     size: Bytes
