@@ -40,7 +40,7 @@ def put_away(engine: KernelEngine, table: PoolTable) -> None:
     dm.settle()
     engine.deactivate_pool(POOL)
     assert engine.find_pool(POOL) is None
-    assert dm.loops_on(table.metadata_device, table.data_device) == []
+    dm.await_no_loops_on(table.metadata_device, table.data_device)
     check(table)
 
 

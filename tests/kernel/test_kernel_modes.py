@@ -220,7 +220,7 @@ class TestActivation:
     def nothing_left(self, table: PoolTable) -> Iterator[None]:
         yield
         assert devices.find_state(POOL) is None
-        assert dm.loops_on(table.metadata_device, table.data_device) == []
+        dm.await_no_loops_on(table.metadata_device, table.data_device)
 
     @pytest.fixture
     def made(self, engine: KernelEngine, table: PoolTable) -> PoolTable:

@@ -39,7 +39,7 @@ class TestDevices:
         again = engine.activate_pool(POOL, table)
         assert again.table() == pool.table()
         assert engine.deactivate_pool(POOL) is Outcome.DONE
-        assert dm.loops_on(table.metadata_device, table.data_device) == []
+        dm.await_no_loops_on(table.metadata_device, table.data_device)
         check(table)
 
     def test_a_gap_in_the_numbers_of_loop_devices_is_used(self, engine, table, tmp_path):
@@ -47,7 +47,7 @@ class TestDevices:
             (tmp_path / name).write_bytes(bytes(MIB))
         first = loop.attach(tmp_path / "first", direct_io=False)
         with loop.attached(tmp_path / "second", direct_io=False):
-            loop.detach(first)
+            loop.detach(first, timeout=5.0)
             pool = engine.activate_pool(POOL, table)
             assert first in (pool.table().metadata_device, pool.table().data_device)
             engine.deactivate_pool(POOL)
@@ -97,7 +97,7 @@ class TestDevices:
             file.write(b"no pool" * 1000)
         with pytest.raises(FormatError):
             engine.activate_pool(POOL, table)
-        assert dm.loops_on(table.metadata_device, table.data_device) == []
+        dm.await_no_loops_on(table.metadata_device, table.data_device)
         assert devices.find_state(POOL) is None
         assert engine.deactivate_pool(POOL) is Outcome.ALREADY
 
@@ -178,7 +178,7 @@ class TestOthers:
     def test_a_pool_that_the_embedded_engine_has_open_is_busy(self, engine, table):
         with device_lock(table.metadata_device), pytest.raises(PoolBusy, match=str(os.getpid())):
             engine.activate_pool(POOL, table)
-        assert dm.loops_on(table.metadata_device, table.data_device) == []
+        dm.await_no_loops_on(table.metadata_device, table.data_device)
 
     def test_a_device_on_top_of_the_pool_itself_is_busy(self, engine, pool):
         linear = Target(Sectors(0), Sectors(2048), "linear", f"/dev/mapper/{POOL} 0")

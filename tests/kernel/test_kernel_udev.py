@@ -78,7 +78,7 @@ def refused(call):
 
 refused(lambda: engine.activate_pool("udev-pool", table))
 assert devices.find_state("udev-pool") is None
-assert dm.loops_on(table.metadata_device, table.data_device) == []
+dm.await_no_loops_on(table.metadata_device, table.data_device)
 udev_cookie.TIMEOUT_SECONDS = 30.0
 answer()
 pool = engine.activate_pool("udev-pool", table)

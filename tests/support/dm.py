@@ -105,6 +105,11 @@ def loops_on(*files: Path) -> list[Path]:
     return [node for file in files for node in loop.find_by_backing_file(file)]
 
 
+def await_no_loops_on(*files: Path) -> None:
+    """Demand that the loop devices on *files* go; udev may look at one for a moment."""
+    wait_for(lambda: loops_on(*files) == [])
+
+
 def semaphores() -> set[str]:
     """The keys of all System V semaphores."""
     lines = Path("/proc/sysvipc/sem").read_text(encoding="ascii").splitlines()[1:]

@@ -1,6 +1,7 @@
 """Names and ids: what is fit to be a layer's id, and what devices are called."""
 
 import os
+import re
 
 import pytest
 
@@ -80,3 +81,12 @@ def test_long_ids_get_device_names_that_fit_and_differ():
         assert name.startswith("docker-253:1-17538953-")
     docker_id = "f" * 64 + "-init"
     assert names.device(LayerId(docker_id)).endswith(docker_id)
+
+
+def test_ids_that_udev_would_escape_get_device_names_that_it_does_not():
+    names = GraphNames("docker-253:1-17538953")
+    found = {names.device(LayerId(layer)) for layer in ("a b", "a~b", "a_b", "ü", "ä")}
+    assert len(found) == 5
+    assert names.device(LayerId("a_b")).endswith("-a_b")
+    for name in found:
+        assert re.fullmatch(r"docker-253:1-17538953-[A-Za-z0-9#+.:=@_-]+", name)

@@ -61,7 +61,7 @@ def test_every_errno_of_the_table():
         for mode in (PoolMode.READ_ONLY, PoolMode.FAIL):
             assert type(translated(number, mode)) is PoolUnusable
         for mode in (PoolMode.WRITE, PoolMode.OUT_OF_DATA_SPACE):
-            assert type(translated(number, mode)) is OSError
+            assert isinstance(translated(number, mode), OSError)
     assert isinstance(translated(errno.ENOMEM, PoolMode.FAIL), OSError)
 
 

@@ -3,9 +3,11 @@
 Where udev runs it owns /dev/mapper; where it does not, nodes are ours to make.
 """
 
+import errno
 import os
 import re
 import stat
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -15,7 +17,8 @@ from devmapper.linux.blockdev import DeviceNumber
 DIRECTORY: Final = Path("/dev/mapper")
 MAX_NAME: Final = 127  # DM_NAME_LEN less the NUL
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9#+\-.:=@_]{1,127}", re.ASCII)
-_SYSFS: Final = Path("/sys/dev/block")
+_SYSFS: Final = "/sys/dev/block"
+_ATTRIBUTE_SIZE: Final = 4096
 
 
 def is_plain(name: str) -> bool:
@@ -40,8 +43,9 @@ def ensure(name: str, number: DeviceNumber) -> Path:
         if stat.S_ISBLK(found.st_mode) and found.st_rdev == wanted:
             return path
     # One that is there is left from a device that went away without udev
-    temporary = DIRECTORY / f".{os.getpid()}-{number.minor}"
+    temporary = DIRECTORY / f".{os.getpid()}-{threading.get_ident()}-{number.minor}"
     DIRECTORY.mkdir(exist_ok=True)
+    temporary.unlink(missing_ok=True)  # of a killed process that had our id
     os.mknod(temporary, stat.S_IFBLK | 0o600, wanted)
     temporary.rename(path)
     return path
@@ -54,10 +58,7 @@ def remove(name: str) -> None:
 
 def name_of(number: DeviceNumber) -> str | None:
     """The name of a device-mapper device; None if the device is another kind, or gone."""
-    try:
-        return _text(_SYSFS / str(number) / "dm/name")
-    except FileNotFoundError:
-        return None
+    return _attribute(f"{_SYSFS}/{number}/dm/name")
 
 
 def device_path(number: DeviceNumber) -> Path:
@@ -65,7 +66,7 @@ def device_path(number: DeviceNumber) -> Path:
     name = name_of(number)
     if name is not None:
         return path_of(name)
-    kernel_name = (_SYSFS / str(number)).readlink().name
+    kernel_name = Path(f"{_SYSFS}/{number}").readlink().name
     return Path("/dev", kernel_name.replace("!", "/"))
 
 
@@ -75,25 +76,35 @@ def holders(number: DeviceNumber, *, suspended: bool = False) -> list[str]:
     With *suspended* those only that are.
     """
     try:
-        entries = os.listdir(_SYSFS / str(number) / "holders")
+        entries = os.listdir(f"{_SYSFS}/{number}/holders")
     except FileNotFoundError:
         return []
     found = []
     for entry in entries:
-        place = Path("/sys/block", entry, "dm")
-        with suppress(FileNotFoundError):
-            if not suspended or _text(place / "suspended") == "1":
-                found.append(_text(place / "name"))
+        if suspended and _attribute(f"/sys/block/{entry}/dm/suspended") != "1":
+            continue
+        name = _attribute(f"/sys/block/{entry}/dm/name")
+        if name is not None:
+            found.append(name)
     return sorted(found)
 
 
 def is_suspended(number: DeviceNumber) -> bool:
+    return _attribute(f"{_SYSFS}/{number}/dm/suspended") == "1"
+
+
+def _attribute(path: str) -> str | None:
+    """What sysfs says; None for a device that is gone, or going while we ask (EINVAL, ENODEV)."""
+    # Thousands of these are read at once: no more system calls than it takes
     try:
-        return _text(_SYSFS / str(number) / "dm/suspended") == "1"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
-
-
-def _text(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return os.fsdecode(file.read()).removesuffix("\n")
+        return None
+    try:
+        return os.fsdecode(os.read(fd, _ATTRIBUTE_SIZE)).removesuffix("\n")
+    except OSError as err:
+        if err.errno in (errno.EINVAL, errno.ENODEV, errno.ENXIO):
+            return None
+        raise
+    finally:
+        os.close(fd)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from devmapper.engine.claims import check_unclaimed
 from devmapper.engine.device_lock import device_lock
 from devmapper.engine.port import Outcome
 from devmapper.errors import IntegrityError
@@ -14,9 +15,11 @@ def clear_needs_check(metadata_device: Path) -> Outcome:
     """Clear the flag of a pool that is not in use, if its metadata have no damage.
 
     As `thin_check --clear-needs-check-flag`.  ALREADY if the flag is not set.  `PoolBusy` while a
-    process has the pool open, `IntegrityError` if there is damage; nothing was changed then.
+    process or the kernel has the pool open, `IntegrityError` if there is damage; nothing was
+    changed then.
     """
     with device_lock(metadata_device):
+        check_unclaimed(metadata_device)
         device = FileDevice.open(metadata_device)
         try:
             report = check(device)

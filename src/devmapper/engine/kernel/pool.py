@@ -327,7 +327,7 @@ class KernelPool:
         if found.target is not None:
             with suppress(ValueError):
                 line = tableline.parse_thin(found.target)
-                if line.pool in (self._known_number, self._number()):
+                if line.pool == self._known_number or line.pool == self._number():
                     return line
         raise PoolMismatch(
             f"device {name!r} is no thin device of pool {self.name!r}",
