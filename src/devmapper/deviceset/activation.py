@@ -57,14 +57,15 @@ class LayerMounts:
         On an error the layer is as it was.
         """
         with self.hold(layer):
-            place = self.mount_point(layer)
+            info = self.info(layer)
+            place = self._place(layer, info)
             if place is not None:
                 if not _same_place(place, path):
                     raise LayerBusy(file_name(layer), [f"a mount at {str(place)!r}"])
                 mention_label(layer, place, label)
                 users = max(1, self._users.get(layer, 1)) + 1
             else:
-                self._activate_and_mount(layer, path, label)
+                self._activate_and_mount(layer, info, path, label)
                 users = 1
             self._users[layer] = users
             return users
@@ -76,13 +77,13 @@ class LayerMounts:
         again.
         """
         with self.hold(layer):
-            place = self.mount_point(layer)
-            if place is None:
+            info = self.info(layer)
+            place = self._place(layer, info)
+            if info is None or place is None:
                 self._users.pop(layer, None)
-                info = self.info(layer)
                 if info is None or info.state is Activation.LEAVING:
                     raise LayerNotMounted(file_name(layer))
-                self._deactivate(layer)  # what an earlier call could not do
+                self._deactivate(layer, info)  # what an earlier call could not do
                 return 0
             left = max(1, self._users.get(layer, 1)) - 1
             if left > 0:
@@ -90,12 +91,14 @@ class LayerMounts:
                 return left
             self._unmount(layer, place)
             self._users.pop(layer, None)
-            self._deactivate(layer)
+            self._deactivate(layer, info)
             return 0
 
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
-        info = self.info(layer)
+        return self._place(layer, self.info(layer))
+
+    def _place(self, layer: LayerId, info: DeviceInfo | None) -> Path | None:
         if info is None or info.open_count == 0:  # a mount is a user
             return None
         try:
@@ -118,13 +121,14 @@ class LayerMounts:
     def activate(self, session: Session, layer: LayerId, record: LayerRecord) -> Path:
         """Make the layer's block device; one that is there already is returned as it is."""
         name = self._graph.names.device(layer)
-        info = session.pool.info(name)
-        if info is not None and info.state is Activation.LEAVING:
-            session.pool.cancel_deferred(name)
         # A device consists of whole sectors; dm.basesize need not (moby divides by 512 as well)
         whole = Bytes(record.size - record.size % SECTOR_SIZE)
         with present_in_pool(layer, record.thin_id):
-            return session.pool.activate(name, record.thin_id, whole)
+            try:
+                return session.pool.activate(name, record.thin_id, whole)
+            except ThinBusy:  # it is LEAVING: asked only then, for most are not
+                session.pool.cancel_deferred(name)
+                return session.pool.activate(name, record.thin_id, whole)
 
     def check_unused(self, layer: LayerId) -> None:
         """`LayerBusy`, which names the holders, if the layer is mounted or something stands on it.
@@ -160,8 +164,9 @@ class LayerMounts:
         """Nobody in this process uses a mount any more."""
         self._users.clear()
 
-    def _activate_and_mount(self, layer: LayerId, path: Path, label: str) -> None:
-        before = self.info(layer)
+    def _activate_and_mount(
+        self, layer: LayerId, before: DeviceInfo | None, path: Path, label: str
+    ) -> None:
         device, pin = retry_while_busy(lambda: self._activate_and_open(layer))
         mounted = False
         try:
@@ -204,10 +209,9 @@ class LayerMounts:
         if place == self._mount_points / layer:
             self.remove_mount_point(layer)
 
-    def _deactivate(self, layer: LayerId) -> None:
+    def _deactivate(self, layer: LayerId, info: DeviceInfo) -> None:
         """Deactivate a layer that was unmounted; one that is LEAVING goes by itself."""
-        info = self.info(layer)
-        if info is None or info.state is Activation.LEAVING:
+        if info.state is Activation.LEAVING:
             return
         deferred = self._graph.options.use_deferred_removal
         try:
