@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.opening import grow
 from devmapper.engine.port import (
     Activation,
@@ -133,7 +134,7 @@ class LocalPool:
 
     def export_metadata(self, target: Path) -> None:
         self.commit()
-        shutil.copyfile(self._table.metadata_device, target)
+        copy_sparse(self._table.metadata_device, target)
 
     def activate(self, name: str, thin_id: ThinId, size: Bytes) -> Path:
         self._called("activate")
