@@ -130,7 +130,7 @@ class KillSuite:
 
             run_killed(work)
             with self.open(home) as devices:
-                self.check(home, devices)
+                check_consistent(home, devices)
                 after(step, devices)
                 self.check(home, devices)
         return noting.seen
@@ -232,6 +232,8 @@ class KillSuite:
             assert devices.has_device("large") is (step is Step.LAYER_COMPLETED)
             if step is not Step.LAYER_COMPLETED:
                 devices.add_device("large", "", size=48 * MIB)
+            elif devices.has_activated_device("large"):
+                devices.unmount_device("large")  # a whole layer, whose device is idle
             assert devices.dev_info("large").size == 48 * MIB
 
         steps = self.kill_at_every_step(

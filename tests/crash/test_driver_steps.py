@@ -23,6 +23,7 @@ from tests.support.graphs import (
     check_consistent,
     hold_open,
     make_legacy,
+    make_two_layers,
     open_small,
     records,
 )
@@ -109,13 +110,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """A graph with two layers; nothing on disk depends on where it lies."""
-    home = tmp_path_factory.mktemp("template")
-    with open_small(home, LocalEngine()) as devices:
-        devices.add_device("one", "")
-        devices.add_device("two", "one")
-        devices.shutdown()
-    return home
+    return make_two_layers(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

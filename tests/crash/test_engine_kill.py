@@ -20,6 +20,7 @@ from devmapper.engine.port import Activation, Outcome
 from devmapper.errors import DevmapperError, EngineError, IntegrityError, PoolBusy, ThinIdMissing
 from devmapper.linux import loop, mount, process
 from devmapper.units import MIB, Bytes, ThinId, TransactionId
+from tests.support import programs
 from tests.support.engine_rig import POOL, Rig
 from tests.support.leftovers import remaining
 
@@ -179,7 +180,7 @@ def run_until_killed(
     markers: dict[str, set[int]] = {}
     with ExitStack() as stack:
         children = {
-            kind: stack.enter_context(rig.program(WRITER, point, first))
+            kind: stack.enter_context(programs.program(WRITER, point, first))
             for kind, point in mounts.items()
         }
         load = stack.enter_context(PoolLoad(pool, first))
@@ -251,7 +252,7 @@ def test_killed_while_devices_come_and_go(rig):
     for round_number in range(KILLS):
         with ExitStack() as stack:
             children = [
-                stack.enter_context(rig.program(COMER_AND_GOER, POOL, number, int(SIZE)))
+                stack.enter_context(programs.program(COMER_AND_GOER, POOL, number, int(SIZE)))
                 for number in range(1000 + 10 * round_number, 1003 + 10 * round_number)
             ]
             for child in children:
@@ -320,7 +321,7 @@ def test_killed_while_a_client_has_suspended(rig, mounts):
     with pytest.raises(EngineError), pool.suspended("ext4"):
         rig.kill()
     # Thawed: whoever writes gets an error instead of waiting for ever
-    with rig.program(TOUCHER, mounts["ext4"] / "new") as child:
+    with programs.program(TOUCHER, mounts["ext4"] / "new") as child:
         _, stderr = child.communicate(timeout=30)
         assert "OSError" in stderr
     assert rig.activate().devices() == []
@@ -330,14 +331,14 @@ def test_a_client_that_dies_while_it_has_suspended(rig, mounts):
     pool = rig.activate()
     make_layers(pool)
     mount.mount(pool.activate("ext4", LAYERS["ext4"], SIZE), mounts["ext4"], "ext4")
-    with rig.program(SUSPENDER, POOL, "ext4") as child:
+    with programs.program(SUSPENDER, POOL, "ext4") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "suspended\n"
         info = pool.info("ext4")
         assert info is not None
         assert info.state is Activation.SUSPENDED
         child.send_signal(signal.SIGKILL)
-    with rig.program(TOUCHER, mounts["ext4"] / "new") as child:
+    with programs.program(TOUCHER, mounts["ext4"] / "new") as child:
         assert child.communicate(timeout=30) == ("done\n", "")
     info = pool.info("ext4")
     assert info is not None
@@ -350,7 +351,7 @@ def test_a_client_that_dies_while_it_has_suspended(rig, mounts):
 def test_a_starter_that_dies_while_it_starts(rig):
     chance = random.Random(4)
     for _ in range(4):
-        with rig.program(STARTER, *starter_arguments(rig)) as child:
+        with programs.program(STARTER, *starter_arguments(rig)) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "go\n"
             time.sleep(chance.uniform(0.0, 0.5))
@@ -363,7 +364,8 @@ def test_a_starter_that_dies_while_it_starts(rig):
 def test_starters_at_once_share_one_engine(rig):
     with ExitStack() as stack:
         children = [
-            stack.enter_context(rig.program(STARTER, *starter_arguments(rig))) for _ in range(4)
+            stack.enter_context(programs.program(STARTER, *starter_arguments(rig)))
+            for _ in range(4)
         ]
         for child in children:
             assert child.communicate(timeout=120) == ("go\nstarted\n", "")
@@ -375,7 +377,9 @@ def test_commands_that_activate_at_once_share_one_device(rig):
     pool = rig.activate()
     pool.create_thin(ThinId(7))
     with ExitStack() as stack:
-        children = [stack.enter_context(rig.program(ACTIVATOR, POOL, int(SIZE))) for _ in range(4)]
+        children = [
+            stack.enter_context(programs.program(ACTIVATOR, POOL, int(SIZE))) for _ in range(4)
+        ]
         answers = set()
         for child in children:
             output, stderr = child.communicate(timeout=60)

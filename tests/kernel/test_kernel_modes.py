@@ -30,7 +30,7 @@ from devmapper.linux import blockdev, process
 from devmapper.units import KIB, MIB, Bytes, ThinId, TransactionId
 from tests.conformance.engine_suite import write
 from tests.kernel.conftest import POOL, check
-from tests.support import dm
+from tests.support import dm, programs
 
 pytestmark = pytest.mark.kernel
 
@@ -185,7 +185,7 @@ class TestSpace:
             "import os, sys; fd = os.open(sys.argv[1], os.O_WRONLY);"
             "os.pwrite(fd, b'x' * (16 << 20), 0); os.fsync(fd)"
         )
-        with dm.program(program, str(device)) as writer:
+        with programs.program(program, str(device)) as writer:
             dm.wait_for(lambda: pool.status().mode is PoolMode.OUT_OF_DATA_SPACE)
             os.truncate(table.data_device, 32 * MIB)
             pool.resize(table._replace(data_size=Bytes(32 * MIB)))

@@ -20,7 +20,7 @@ from devmapper.linux.libdm import TaskKind
 from devmapper.units import MIB, Bytes, ThinId
 from tests.conformance.engine_suite import make_file_system, mounted, write
 from tests.kernel.conftest import POOL, check
-from tests.support import dm
+from tests.support import dm, programs
 
 pytestmark = pytest.mark.kernel
 
@@ -50,7 +50,7 @@ def state_of(pool: KernelPool, name: str) -> Activation:
 
 
 def kill_while_suspended(name: str) -> None:
-    with dm.program(SUSPENDER, POOL, name) as child:
+    with programs.program(SUSPENDER, POOL, name) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "suspended\n"
         child.send_signal(signal.SIGKILL)
@@ -85,7 +85,7 @@ class TestSuspension:
         assert pool.deactivate("one") is Outcome.DONE
 
     def test_what_a_living_process_has_suspended_stays_so(self, engine, pool, one):
-        with dm.program(SUSPENDER, POOL, "one") as child:
+        with programs.program(SUSPENDER, POOL, "one") as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "suspended\n"
             engine.find_pool(POOL)
@@ -167,7 +167,7 @@ class TestThreads:
             with pool.suspended("one"):
                 suspended.set()
 
-        with _no_space_timeout(4), dm.program(program, str(device)) as writer:
+        with _no_space_timeout(4), programs.program(program, str(device)) as writer:
             dm.wait_for(lambda: pool.status().mode == "out_of_data_space")
             thread = threading.Thread(target=suspend)
             thread.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import dm
+from tests.support import dm, programs
 
 pytestmark = pytest.mark.kernel
 
@@ -24,7 +24,7 @@ from devmapper.engine.port import Activation, Outcome
 from devmapper.errors import EngineError
 from devmapper.linux import dmnode, libdm, udev_cookie
 from devmapper.units import MIB, Bytes, ThinId
-from tests.support import dm
+from tests.support import dm, programs
 
 SIZE, ONE = Bytes(32 * MIB), ThinId(1)
 folder = Path(sys.argv[1])
@@ -119,7 +119,7 @@ stop()
 
 
 def run(folder: Path, source: str, *args: str) -> None:
-    with dm.program(PROGRAM + source, str(folder), *args) as child:
+    with programs.program(PROGRAM + source, str(folder), *args) as child:
         output, _ = child.communicate(timeout=200)
     assert (child.returncode, output) == (0, "done\n")
 

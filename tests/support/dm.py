@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -136,23 +135,6 @@ def udevd() -> Iterator[None]:
         daemon.wait(30)
         with suppress(FileNotFoundError):
             os.unlink("/run/udev/control")
-
-
-@contextmanager
-def program(source: str, *args: str) -> Iterator["subprocess.Popen[str]"]:
-    """A Python program in a child process; killed if it still runs."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", source, *args],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -2,10 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from devmapper.engine.embedded import runtime
@@ -59,19 +55,3 @@ class Rig:
                 return
         if not capabilities.tools():
             process.run(["thin_check", str(self.table.metadata_device)])
-
-    @contextmanager
-    def program(self, source: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-        """A Python program in a child process; killed if it still runs."""
-        child = subprocess.Popen(
-            [sys.executable, "-c", source, *map(str, args)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        try:
-            yield child
-        finally:
-            child.kill()
-            child.communicate()

@@ -56,6 +56,15 @@ def open_small(
     )
 
 
+def make_two_layers(home: Path) -> Path:
+    """A graph with the layers "one" and "two"; nothing on disk depends on where it lies."""
+    with open_small(home, LocalEngine()) as devices:
+        devices.add_device("one", "")
+        devices.add_device("two", "one")
+        devices.shutdown()
+    return home
+
+
 def records(home: Path) -> dict[str, dict[str, object]]:
     """The layers' records as they lie on disk."""
     found = {}

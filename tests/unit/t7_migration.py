@@ -9,7 +9,7 @@ import pytest
 
 from devmapper.deviceset.records import RecordStore
 from devmapper.errors import PoolMismatch, RecordCorrupt
-from tests.support.graphs import check_consistent, make_legacy, open_small, records
+from tests.support.graphs import check_consistent, make_legacy, make_two_layers, open_small, records
 from tests.support.local_engine import LocalEngine
 
 
@@ -22,12 +22,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    home = tmp_path_factory.mktemp("template")
-    with open_small(home, LocalEngine()) as devices:
-        devices.add_device("one", "")
-        devices.add_device("two", "one")
-        devices.shutdown()
-    return home
+    return make_two_layers(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
