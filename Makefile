@@ -49,8 +49,12 @@ demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 bench: $(STAMP) ## layers, mounts and fio beside a plain loop device and qcow2
 	$(PY) tools/bench.py
 
-bench-layers: $(STAMP) ## a thousand layers: what the 10th, 100th and 1000th take, and opening them all
+bench-layers: $(STAMP) ## a thousand layers: the 10th, 100th, 1000th, and opening them; ENGINE=uml for a guest
+ifeq ($(ENGINE),uml)
+	$(PY) -m tests.uml run --disk 8G -- $(PY) tools/bench_layers.py --engine kernel --directory /scratch
+else
 	$(PY) tools/bench_layers.py --engine $(or $(ENGINE),auto)
+endif
 
 bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User Mode Linux
 	$(PY) tools/bench_docker.py

@@ -16,7 +16,12 @@ from pathlib import Path
 
 from devmapper.driver import Driver, init
 
-OPTIONS = ("dm.basesize=1G", "dm.loopdatasize=20G", "dm.loopmetadatasize=1G")
+OPTIONS = (
+    "dm.basesize=1G",
+    "dm.loopdatasize=20G",
+    "dm.loopmetadatasize=1G",
+    "dm.override_udev_sync_check=true",
+)
 AROUND = 4  # layers on each side of the one that is shown
 
 Times = dict[str, list[float]]
