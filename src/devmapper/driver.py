@@ -148,6 +148,8 @@ class Driver:
         for a label that is not fit.  moby `driver.go` Get.
         """
         layer = layer_id(id)
+        if not self.devices.has_device(layer):  # before anything is made for it
+            raise LayerNotFound(layer)
         path = self._mount_point(layer)
         self._private_home.pin()
         for directory in (path.parent, path):

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-CHECKOUT: Final = Path(__file__).parent.parent.parent
-HERE: Final = Path(__file__).parent
+HERE: Final = Path(__file__).resolve().parent  # links do not lead into a guest's own /tmp
+CHECKOUT: Final = HERE.parent.parent
 KERNEL: Final = "linux.uml"
 MODULES_ROOT: Final = Path("/usr/lib/uml/modules")
 UDEVD: Final = "/lib/systemd/systemd-udevd"

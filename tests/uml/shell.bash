@@ -1,7 +1,8 @@
 # Read by the shell of `python -m tests.uml`: makes a pool, by us where our kernel engine is there.
 PS1='uml:\w# '
 export DEVMAPPER_ROOT=/tmp/graph DEVMAPPER_ENGINE=kernel
-export DEVMAPPER_STORAGE_OPT='dm.loopdatasize=2G dm.loopmetadatasize=16M dm.basesize=512M'
+export DEVMAPPER_STORAGE_OPT='dm.loopdatasize=2G dm.loopmetadatasize=16M dm.basesize=512M
+  dm.override_udev_sync_check=true'
 
 if said=$(devmapper create first 2>&1); then
   echo "a graph in $DEVMAPPER_ROOT with a layer, see: devmapper ls; dmsetup status"
