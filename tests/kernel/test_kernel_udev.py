@@ -110,9 +110,10 @@ print("done")
 REAL = """
 def answer():
     dm.udevadm("control", "--start-exec-queue")
-    dm.udevadm("settle")
+    dm.udevadm("control", "--ping")  # an event of its own, after which it looks at its queue
+    dm.settle()
 def stop():
-    dm.udevadm("settle")
+    dm.settle()
     dm.udevadm("control", "--stop-exec-queue")
 stop()
 """
@@ -120,8 +121,8 @@ stop()
 
 def run(folder: Path, source: str, *args: str) -> None:
     with programs.program(PROGRAM + source, str(folder), *args) as child:
-        output, _ = child.communicate(timeout=200)
-    assert (child.returncode, output) == (0, "done\n")
+        output, errors = child.communicate(timeout=200)
+    assert (child.returncode, output) == (0, "done\n"), errors
 
 
 @pytest.mark.skipif(CONTROL.exists(), reason="udev runs here")

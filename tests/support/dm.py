@@ -11,7 +11,7 @@ from typing import Final
 from devmapper.engine.kernel import devices
 from devmapper.engine.kernel.devices import THIN_FLAGS
 from devmapper.engine.port import PoolTable
-from devmapper.linux import libdm, loop
+from devmapper.linux import loop
 from devmapper.linux.libdm import Target
 from devmapper.units import KIB, MIB, SECTOR_SIZE, Bytes, Sectors
 
@@ -78,9 +78,14 @@ def udevadm(*arguments: str) -> None:
 
 
 def settle() -> None:
-    """Wait until udev, where it runs, has handled what has happened."""
-    if libdm.udev_sync_support():
-        udevadm("settle")
+    """Wait until udevd has handled its events, where it runs.
+
+    Not for ever: udevd tries again for minutes what it cannot do for a loop device that has gone
+    meanwhile, and nothing here waits for that.
+    """
+    if Path("/run/udev/control").exists():
+        with suppress(subprocess.CalledProcessError):
+            udevadm("settle", "--timeout=10")
 
 
 def status_line(name: str) -> str:
