@@ -1,6 +1,7 @@
 """Devices of device mapper for tests: ones that fail when told to, and what is left of any."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -121,10 +122,10 @@ def semaphores() -> set[str]:
 
 
 @contextmanager
-def udevd() -> Iterator[None]:
-    """udev runs for the duration, if it did not before."""
+def udevd() -> Iterator[int | None]:
+    """udev runs for the duration, if it did not before; yields its process id if it is ours."""
     if Path("/run/udev/control").exists():
-        yield
+        yield None
         return
     daemon = subprocess.Popen(
         ["/lib/systemd/systemd-udevd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -134,8 +135,9 @@ def udevd() -> Iterator[None]:
         udevadm("control", "--ping")
         udevadm("trigger", "--subsystem-match=block")
         udevadm("settle")
-        yield
+        yield daemon.pid
     finally:
+        daemon.send_signal(signal.SIGCONT)  # a test may have stopped it
         udevadm("control", "--exit")
         daemon.wait(30)
         with suppress(FileNotFoundError):
