@@ -11,6 +11,7 @@ from typing import Final
 from devmapper.engine.port import PoolMode, PoolStatus
 from devmapper.errors import (
     DevmapperError,
+    EngineError,
     PoolFull,
     PoolNotFound,
     PoolUnusable,
@@ -49,6 +50,14 @@ def translate(
 def not_active(pool: str) -> PoolNotFound:
     return PoolNotFound(
         f"pool {pool!r} is not active", hint="the next command that needs the pool activates it"
+    )
+
+
+def stays_suspended(what: str, name: str, err: OSError) -> EngineError:
+    """The loudest error there is: *what* (device, pool) *name* could not be resumed."""
+    return EngineError(
+        f"{what} {name!r} stays suspended, it could not be resumed: {err.strerror}",
+        hint=f"dmsetup resume {name}",
     )
 
 

@@ -38,7 +38,6 @@ from devmapper.engine.port import (
     ThinStatus,
 )
 from devmapper.errors import (
-    EngineError,
     PoolMismatch,
     ThinBusy,
     ThinIdMissing,
@@ -357,10 +356,7 @@ class KernelPool:
         try:
             devices.resume(name, THIN_FLAGS)
         except OSError as err:
-            raise EngineError(
-                f"device {name!r} stays suspended, it could not be resumed: {err.strerror}",
-                hint=f"dmsetup resume {name}",
-            ) from err
+            raise errors.stays_suspended("device", name, err) from err
 
 
 def _activation(state: DeviceState) -> Activation:

@@ -2,11 +2,11 @@
 
 import logging
 
-from devmapper.engine.kernel import devices, loops, tableline
+from devmapper.engine.kernel import devices, errors, loops, tableline
 from devmapper.engine.kernel.devices import POOL_FLAGS
 from devmapper.engine.port import PoolTable
 from devmapper.engine.tables import check_same_table, check_table
-from devmapper.errors import EngineError, PoolMismatch
+from devmapper.errors import PoolMismatch
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,4 @@ def _put_back(name: str, table: PoolTable, error: BaseException) -> None:
         devices.load(name, tableline.pool_target(table))
         devices.resume(name, POOL_FLAGS)
     except OSError as err:
-        raise EngineError(
-            f"pool {name!r} stays suspended, it could not be resumed: {err.strerror}",
-            hint=f"dmsetup resume {name}",
-        ) from err
+        raise errors.stays_suspended("pool", name, err) from err
