@@ -1,0 +1,1 @@
+"""Snapshots as containerd means them: named, labelled layers that somebody else mounts."""
