@@ -115,11 +115,13 @@ class Driver:
         *,
         mount_label: str = "",
         storage_opt: Mapping[str, str] | None = None,
+        owner: str = "",
     ) -> None:
         """Make layer *id* on top of *parent*, or on the empty base layer.
 
         *storage_opt* may hold `size`, such as "20G": at least the parent's size.  *mount_label* is
-        taken for Docker's sake: labels are given at the mount.  Durable when it returns.
+        taken for Docker's sake: labels are given at the mount.  *owner* is remembered: for whom a
+        front end makes it.  Durable when it returns.
 
         `UsageError`, `LayerExists`, `LayerNotFound` for the parent, `PoolFull`.  moby `driver.go`
         Create.
@@ -127,7 +129,7 @@ class Driver:
         options = parse_layer_options(storage_opt or {})
         if mount_label:
             log.debug("layer %r: its label is set when it is mounted", id)
-        self.devices.add_device(id, parent, size=options.size)
+        self.devices.add_device(id, parent, size=options.size, owner=owner)
 
     def remove(self, id: str) -> Deletion:  # noqa: A002 - the seed's name
         """Delete a layer; one that does not exist is removed already.
