@@ -196,8 +196,18 @@ class DeviceSet:
             self._worker.start()
         return deletion
 
-    def mount_device(self, hash: str, path: Path | str, mount_label: str = "") -> None:  # noqa: A002 - the seed's name
+    def mount_device(
+        self,
+        hash: str,  # noqa: A002 - the seed's name
+        path: Path | str,
+        mount_label: str = "",
+        *,
+        user: str = "",
+        once: bool = False,
+    ) -> None:
         """Mount the layer's file system on *path*, or count one more user of that mount.
+
+        A *user* with a name is remembered until the next boot, and with *once* counted once only.
 
         `LayerNotFound`, `LayerBusy` if it is mounted elsewhere, `MountFailed`, `UsageError` for a
         label that is not fit; the layer is as it was then.  moby `deviceset.go` MountDevice.
@@ -205,10 +215,10 @@ class DeviceSet:
         check_label(mount_label)
         layer = internal_layer_id(hash)
         self._known(layer)
-        users = self._mounts.mount(layer, Path(path), mount_label)
+        users = self._mounts.mount(layer, Path(path), mount_label, user=user, once=once)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
-    def unmount_device(self, hash: str) -> int:  # noqa: A002 - the seed's name
+    def unmount_device(self, hash: str, *, user: str = "") -> int:  # noqa: A002 - the seed's name
         """Take back one `mount_device`; the last one unmounts and deactivates.
 
         Returns how many are left.  It is also how the last user of a layer leaves whose deletion
@@ -219,7 +229,7 @@ class DeviceSet:
         record = self._graph.store.load(layer)
         if record is None or (record.deleted and self._mounts.mount_point(layer) is None):
             raise LayerNotFound(file_name(layer))
-        left = self._mounts.unmount(layer)
+        left = self._mounts.unmount(layer, user=user)
         if record.deleted and left == 0:
             self._deletions.complete([layer])
         return left
