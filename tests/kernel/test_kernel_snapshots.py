@@ -1,0 +1,12 @@
+"""Snapshots on the kernel's device mapper."""
+
+import pytest
+
+from devmapper.engine.kernel.engine import KernelEngine
+from tests.conformance.snapshots_suite import SnapshotsSuite
+
+
+@pytest.mark.kernel
+class TestSnapshotsOnKernelEngine(SnapshotsSuite):
+    def make_engine(self) -> KernelEngine:
+        return KernelEngine()
