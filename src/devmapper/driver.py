@@ -115,11 +115,13 @@ class Driver:
         *,
         mount_label: str = "",
         storage_opt: Mapping[str, str] | None = None,
+        owner: str = "",
     ) -> None:
         """Make layer *id* on top of *parent*, or on the empty base layer.
 
         *storage_opt* may hold `size`, such as "20G": at least the parent's size.  *mount_label* is
-        taken for Docker's sake: labels are given at the mount.  Durable when it returns.
+        taken for Docker's sake: labels are given at the mount.  *owner* is remembered: for whom a
+        front end makes it.  Durable when it returns.
 
         `UsageError`, `LayerExists`, `LayerNotFound` for the parent, `PoolFull`.  moby `driver.go`
         Create.
@@ -127,7 +129,7 @@ class Driver:
         options = parse_layer_options(storage_opt or {})
         if mount_label:
             log.debug("layer %r: its label is set when it is mounted", id)
-        self.devices.add_device(id, parent, size=options.size)
+        self.devices.add_device(id, parent, size=options.size, owner=owner)
 
     def remove(self, id: str) -> Deletion:  # noqa: A002 - the seed's name
         """Delete a layer; one that does not exist is removed already.
@@ -141,11 +143,19 @@ class Driver:
         self._remove_mount_point(id)
         return deletion
 
-    def get(self, id: str, mount_label: str = "") -> str:  # noqa: A002 - the seed's name
+    def get(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        mount_label: str = "",
+        *,
+        user: str = "",
+        once: bool = False,
+    ) -> str:
         """Mount a layer, or count one more user, and return the directory with its files.
 
-        That is `<home>/mnt/<id>/rootfs`.  `LayerNotFound`, `LayerBusy`, `MountFailed`, `UsageError`
-        for a label that is not fit.  moby `driver.go` Get.
+        That is `<home>/mnt/<id>/rootfs`.  A *user* with a name is remembered until the next boot,
+        whatever becomes of this process; with *once* he is counted once only.  `LayerNotFound`,
+        `LayerBusy`, `MountFailed`, `UsageError` for a label that is not fit.  moby `driver.go` Get.
         """
         layer = layer_id(id)
         if not self.devices.has_device(layer):  # before anything is made for it
@@ -155,25 +165,25 @@ class Driver:
         for directory in (path.parent, path):
             make_owned(directory, 0o755, self.devices.owner)
         try:
-            self.devices.mount_device(layer, path, mount_label)
+            self.devices.mount_device(layer, path, mount_label, user=user, once=once)
         except BaseException:
             self._remove_mount_point(layer)
             raise
         try:
             prepare_root(layer, path, self.devices.owner)
         except BaseException:
-            self.put(layer)
+            self.put(layer, user=user)
             raise
         return str(path / ROOTFS)
 
-    def put(self, id: str) -> None:  # noqa: A002 - the seed's name
+    def put(self, id: str, *, user: str = "") -> None:  # noqa: A002 - the seed's name
         """Take back one `get`; the last one unmounts the layer and removes its mount point.
 
         `LayerNotFound`, `LayerNotMounted`; `LayerBusy` names who uses it, and it can be called
         again.  moby `driver.go` Put.
         """
         layer = layer_id(id)
-        if self.devices.unmount_device(layer) == 0:
+        if self.devices.unmount_device(layer, user=user) == 0:
             self._remove_mount_point(layer)
 
     def activate(self, id: str) -> str:  # noqa: A002 - the seed's name

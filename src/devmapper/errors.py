@@ -6,8 +6,11 @@
     ├── GraphLocked                         4   another process holds the graph
     ├── LayerError
     │   ├── LayerNotFound                  10
+    │   │   └── SnapshotNotFound           10
     │   ├── LayerExists                    11
+    │   │   └── SnapshotExists             11
     │   ├── LayerBusy                      12
+    │   ├── SnapshotStateError             16   of a kind, or with children, that forbid it
     │   ├── LayerNotMounted                14
     │   └── MountFailed                    15   mount(2) refused, or what it would mount is unsafe
     ├── ArchiveError                       13   a tar that is damaged or unsafe
@@ -98,6 +101,24 @@ class LayerExists(LayerError):
         else:
             message, hint = f"layer {layer!r} already exists", "choose another id"
         super().__init__(layer, message, hint=hint)
+
+
+class SnapshotNotFound(LayerNotFound):
+    """*layer* is the key or name that was asked for."""
+
+    def __init__(self, key: str) -> None:
+        LayerError.__init__(self, key, f"snapshot {key!r} does not exist")
+
+
+class SnapshotExists(LayerExists):
+    def __init__(self, key: str) -> None:
+        LayerError.__init__(self, key, f"snapshot {key!r} already exists")
+
+
+class SnapshotStateError(LayerError):
+    """The snapshot exists, but its kind or its children forbid what was asked."""
+
+    exit_code = 16
 
 
 class LayerBusy(LayerError):

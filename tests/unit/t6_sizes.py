@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from devmapper.deviceset.layer_options import LayerOptions, parse_layer_options
+from devmapper.deviceset.owners import owner_of
 from devmapper.errors import LayerBusy, ToolError, UsageError
 from devmapper.linux.fs_geometry import geometry
 from devmapper.units import GIB, MIB, Bytes
@@ -195,3 +196,14 @@ def test_another_file_system_than_the_bases_is_mentioned(home, engine, caplog):
     with open_small(home, engine, "dm.fs=xfs") as devices:
         assert "dm.fs=xfs has no effect" in caplog.text
         assert devices.status().base_file_system == "ext4"
+
+
+def test_an_owner_is_remembered_where_docker_does_not_look(engine, home):
+    with open_small(home, engine) as devices:
+        devices.add_device("a", "", owner="docker")
+        devices.add_device("b", "a", size=16 * MIB, owner="containerd")
+        devices.add_device("c", "a")
+        store = devices.parts.graph.store
+        owners = {layer: owner_of(record) for layer, record in store.load_all().items()}
+    assert owners == {"": "", "a": "docker", "b": "containerd", "c": ""}
+    assert (home / "metadata" / "a").read_text().endswith(',"deleted":false,"owner":"docker"}')

@@ -9,8 +9,31 @@ PACKAGE = Path(devmapper.units.__file__).parent
 
 # A module may import from its own rung and from those to the right of it in this table.
 ALLOWED: dict[str, set[str]] = {
-    "cli": {"driver", "deviceset", "layerdiff", "engine", "linux", "thin", "units", "errors"},
+    "server": {
+        "driver",
+        "snapshots",
+        "deviceset",
+        "layerdiff",
+        "engine",
+        "linux",
+        "thin",
+        "units",
+        "errors",
+    },
+    "cli": {
+        "server",
+        "driver",
+        "snapshots",
+        "deviceset",
+        "layerdiff",
+        "engine",
+        "linux",
+        "thin",
+        "units",
+        "errors",
+    },
     "driver": {"deviceset", "layerdiff", "engine", "linux", "thin", "units", "errors"},
+    "snapshots": {"deviceset", "engine", "linux", "thin", "units", "errors"},
     "deviceset": {"engine", "linux", "thin", "units", "errors"},
     "layerdiff": {"linux", "units", "errors"},
     "engine": {"linux", "thin", "units", "errors"},

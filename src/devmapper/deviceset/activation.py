@@ -1,14 +1,15 @@
 """Layers as mounted file systems: activate, mount, count, unmount, deactivate.
 
-What is active and mounted is asked of the system.  Only the number of users inside this process is
-counted here, and it starts from what is mounted already: a layer that another command mounted has
-one user, its mount.
+What is active and mounted is asked of the system.  Only its users are counted (`users.py`), and
+that starts from what is mounted already: a layer that another command mounted has one user, its
+mount.
 """
 
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -25,7 +26,9 @@ from devmapper.deviceset.mounting import mention_label, mount_layer
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
+from devmapper.deviceset.users import SOMEBODY, Users, take_back
 from devmapper.engine.port import Activation, DeviceInfo
+from devmapper.engine.runtime import runtime_base
 from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
 from devmapper.linux import blockdev, mount
 from devmapper.linux.holders import stacked_devices
@@ -42,7 +45,7 @@ class LayerMounts:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._locks: KeyedLock[LayerId] = KeyedLock()
-        self._users: dict[LayerId, int] = {}
+        self._users = Users(runtime_base() / f"{graph.names.prefix}-users")
         self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
 
     @contextmanager
@@ -51,10 +54,13 @@ class LayerMounts:
         with self._locks.hold(*layers):
             yield
 
-    def mount(self, layer: LayerId, path: Path, label: str) -> int:
+    def mount(
+        self, layer: LayerId, path: Path, label: str, *, user: str = SOMEBODY, once: bool = False
+    ) -> int:
         """Mount *layer* on *path*, or count one more user; returns how many there are now.
 
-        On an error the layer is as it was.
+        With *once* a *user* who has it mounted is not counted again.  On an error the layer is as
+        it was.
         """
         with self.hold(layer):
             info = self.info(layer)
@@ -63,37 +69,48 @@ class LayerMounts:
                 if not _same_place(place, path):
                     raise LayerBusy(file_name(layer), [f"a mount at {str(place)!r}"])
                 mention_label(layer, place, label)
-                users = max(1, self._users.get(layer, 1)) + 1
+                users = self._users.of(layer)
+                if not (once and users[user]):
+                    users[user] += 1
             else:
                 check_not_served(layer, info)
                 self._activate_and_mount(layer, info, path, label)
-                users = 1
-            self._users[layer] = users
-            return users
+                users = Counter({user: 1})
+            self._users.set(layer, users)
+            return users.total()
 
-    def unmount(self, layer: LayerId) -> int:
-        """Take one user away; the last one unmounts and deactivates.  Returns how many are left.
+    def unmount(self, layer: LayerId, *, user: str = SOMEBODY) -> int:
+        """Take one use away; the last one unmounts and deactivates.  Returns how many are left.
 
         Busy: `LayerBusy` after a second, and everything stays as it was, so that it can be tried
-        again.
+        again; at once, where only others than *user* use it.
         """
         with self.hold(layer):
             info = self.info(layer)
             place = self._place(layer, info)
             if info is None or place is None:
-                self._users.pop(layer, None)
+                self._users.drop(layer)
                 if info is None or info.state is Activation.LEAVING:
                     raise LayerNotMounted(file_name(layer))
                 self._deactivate(layer, info)  # what an earlier call could not do
                 return 0
-            left = max(1, self._users.get(layer, 1)) - 1
-            if left > 0:
-                self._users[layer] = left
-                return left
+            users = self._users.of(layer)
+            if not take_back(users, user):
+                raise LayerBusy(file_name(layer), sorted(+users))
+            if users.total() > 0:
+                self._users.set(layer, users)
+                return users.total()
             self._unmount(layer, place)
-            self._users.pop(layer, None)
+            self._users.drop(layer)
             self._deactivate(layer, info)
             return 0
+
+    def users(self, layer: LayerId) -> Mapping[str, int]:
+        """Who uses the layer's mount, by name; empty if it is not mounted."""
+        with self.hold(layer):
+            if self._place(layer, self.info(layer)) is None:
+                return {}
+            return dict(self._users.of(layer))
 
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
@@ -162,7 +179,7 @@ class LayerMounts:
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
-        self._users.clear()
+        self._users.forget()
 
     def _activate_and_mount(
         self, layer: LayerId, before: DeviceInfo | None, path: Path, label: str

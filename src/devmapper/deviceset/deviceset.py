@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.base import ensure_base
@@ -25,6 +25,7 @@ from devmapper.deviceset.migration import LegacyRecords
 from devmapper.deviceset.mountopts import check_label
 from devmapper.deviceset.names import BASE, LayerId, file_name, internal_layer_id, layer_id
 from devmapper.deviceset.options import Options, parse_options
+from devmapper.deviceset.owners import owned_by
 from devmapper.deviceset.pool import ActivePool, PoolFiles
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.requirements import check_engine
@@ -56,6 +57,14 @@ DM_LOG_LEVEL: Final = 2  # LogLevelFatal: what libdevmapper says beyond that is 
 _DM_LOG_DEBUG: Final = 7
 DRIVER_DEFERRED_REMOVAL_SUPPORT: Final = False  # what moby's variables start from
 ENABLE_DEFERRED_REMOVAL: Final = False
+
+
+class Parts(NamedTuple):
+    """The objects that `DeviceSet` puts together."""
+
+    graph: Graph
+    mounts: LayerMounts
+    deletions: Deletions
 
 
 class DeviceSet:
@@ -138,6 +147,11 @@ class DeviceSet:
         return self._graph.pool
 
     @property
+    def parts(self) -> Parts:
+        """What other ways to see the layers stand on, such as `devmapper.snapshots`."""
+        return Parts(self._graph, self._mounts, self._deletions)
+
+    @property
     def transaction_id(self) -> int:
         """The number in the pool that each transaction moves by one; moby TransactionId."""
         return self._graph.pool.status().transaction_id
@@ -147,12 +161,19 @@ class DeviceSet:
         """The thin id given out last, as the graph's file has it; moby DeviceSet.NextDeviceId."""
         return self._graph.store.load_deviceset().next_device_id
 
-    def add_device(self, hash: str, base_hash: str, *, size: int | None = None) -> None:  # noqa: A002 - the seed's name
+    def add_device(
+        self,
+        hash: str,  # noqa: A002 - the seed's name
+        base_hash: str,
+        *,
+        size: int | None = None,
+        owner: str = "",
+    ) -> None:
         """Make layer *hash* as a snapshot of *base_hash*, where "" is the base layer.
 
         A parent whose device is active is suspended while the snapshot is made.  With a *size* in
         bytes, at least the parent's, the layer has it and its file system grows; where that fails
-        there is no layer.  Durable when it returns.
+        there is no layer.  Its record remembers an *owner*.  Durable when it returns.
 
         `UsageError` for ids and sizes that are not fit, `LayerExists`, `LayerNotFound` for the
         parent, `PoolFull` below dm.min_free_space.  moby `deviceset.go` AddDevice.
@@ -161,7 +182,8 @@ class DeviceSet:
         with self._mounts.hold(layer, parent):
             self._deletions.make_way(layer)
             wanted = None if size is None else Bytes(size)
-            create_layer(self._graph, self._mounts, layer, parent, wanted)
+            extra = owned_by(owner) if owner else ()
+            create_layer(self._graph, self._mounts, layer, parent, wanted, extra=extra)
         log.info("created layer %r from %r", hash, file_name(parent))
 
     def delete_device(self, hash: str) -> Deletion:  # noqa: A002 - the seed's name
@@ -176,8 +198,18 @@ class DeviceSet:
             self._worker.start()
         return deletion
 
-    def mount_device(self, hash: str, path: Path | str, mount_label: str = "") -> None:  # noqa: A002 - the seed's name
+    def mount_device(
+        self,
+        hash: str,  # noqa: A002 - the seed's name
+        path: Path | str,
+        mount_label: str = "",
+        *,
+        user: str = "",
+        once: bool = False,
+    ) -> None:
         """Mount the layer's file system on *path*, or count one more user of that mount.
+
+        A *user* with a name is remembered until the next boot, and with *once* counted once only.
 
         `LayerNotFound`, `LayerBusy` if it is mounted elsewhere, `MountFailed`, `UsageError` for a
         label that is not fit; the layer is as it was then.  moby `deviceset.go` MountDevice.
@@ -185,10 +217,10 @@ class DeviceSet:
         check_label(mount_label)
         layer = internal_layer_id(hash)
         self._known(layer)
-        users = self._mounts.mount(layer, Path(path), mount_label)
+        users = self._mounts.mount(layer, Path(path), mount_label, user=user, once=once)
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
-    def unmount_device(self, hash: str) -> int:  # noqa: A002 - the seed's name
+    def unmount_device(self, hash: str, *, user: str = "") -> int:  # noqa: A002 - the seed's name
         """Take back one `mount_device`; the last one unmounts and deactivates.
 
         Returns how many are left.  It is also how the last user of a layer leaves whose deletion
@@ -199,7 +231,7 @@ class DeviceSet:
         record = self._graph.store.load(layer)
         if record is None or (record.deleted and self._mounts.mount_point(layer) is None):
             raise LayerNotFound(file_name(layer))
-        left = self._mounts.unmount(layer)
+        left = self._mounts.unmount(layer, user=user)
         if record.deleted and left == 0:
             self._deletions.complete([layer])
         return left

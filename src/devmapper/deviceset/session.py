@@ -11,7 +11,7 @@ from devmapper.deviceset.lock import GraphLock
 from devmapper.deviceset.names import BASE, GraphNames, LayerId, file_name
 from devmapper.deviceset.options import Options
 from devmapper.deviceset.origin import quiesced
-from devmapper.deviceset.records import LayerRecord, RecordStore
+from devmapper.deviceset.records import Extra, LayerRecord, RecordStore
 from devmapper.deviceset.space import check_free_space
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.deviceset.transaction import Journal
@@ -127,30 +127,52 @@ class Session:
         """A new, empty thin device for *layer*."""
         return self._create(layer, size, None)
 
-    def create_snap(self, layer: LayerId, origin: LayerId, record: LayerRecord) -> LayerRecord:
+    def create_snap(
+        self, layer: LayerId, origin: LayerId, record: LayerRecord, *, extra: Extra = ()
+    ) -> LayerRecord:
         """A snapshot of *origin*, whose record is *record*, for *layer*.
 
         The origin is suspended for just that if it is active, so that the snapshot of a mounted
-        file system is consistent.
+        file system is consistent.  *extra* becomes a part of the new record.
         """
-        return self._create(layer, record.size, (origin, record.thin_id))
+        return self._create(layer, record.size, (origin, record.thin_id), extra=extra)
 
     def create_unfinished(
-        self, layer: LayerId, origin: LayerId, record: LayerRecord, size: Bytes
+        self,
+        layer: LayerId,
+        origin: LayerId,
+        record: LayerRecord,
+        size: Bytes,
+        *,
+        extra: Extra = (),
     ) -> LayerRecord:
         """A snapshot of *size* bytes that does not exist for anybody until it is completed.
 
         It carries Docker's mark for a deferred deletion: whoever comes after a crash, we or Docker,
         deletes it.
         """
-        return self._create(layer, size, (origin, record.thin_id), doomed=True)
+        return self._create(layer, size, (origin, record.thin_id), doomed=True, extra=extra)
 
-    def complete(self, layer: LayerId, record: LayerRecord) -> None:
+    def complete(self, layer: LayerId, record: LayerRecord) -> LayerRecord:
         """Let an unfinished layer exist, durably."""
         if self.store.load(layer) != record:
             raise LayerNotFound(file_name(layer))
-        self.store.save(layer, record._replace(deleted=False))
+        completed = record._replace(deleted=False)
+        self.store.save(layer, completed)
         self.checkpoint(Step.LAYER_COMPLETED)
+        return completed
+
+    def rewrite(self, layer: LayerId, record: LayerRecord, extra: Extra) -> LayerRecord:
+        """Replace what a record holds beyond Docker's members, in one step and durably.
+
+        `LayerNotFound` if the record is not *record* any more.
+        """
+        if self.store.load(layer) != record:
+            raise LayerNotFound(file_name(layer))
+        changed = record._replace(extra=extra)
+        self.store.save(layer, changed)
+        self.checkpoint(Step.RECORD_REWRITTEN)
+        return changed
 
     def delete(self, layer: LayerId, record: LayerRecord) -> None:
         """Delete a layer that is not active; `ThinBusy` changes nothing."""
@@ -205,12 +227,13 @@ class Session:
         origin: tuple[LayerId, ThinId] | None,
         *,
         doomed: bool = False,
+        extra: Extra = (),
     ) -> LayerRecord:
         check_free_space(self._journal.status, self._min_free_space)
         for attempt in range(_ID_COLLISIONS):
             thin_id = self._allocate()
             try:
-                return self._create_as(thin_id, layer, size, origin, doomed=doomed)
+                return self._create_as(thin_id, layer, size, origin, doomed=doomed, extra=extra)
             except ThinIdExists:
                 self._ids.take(self.pool.thin_ids())
                 if attempt + 1 == _ID_COLLISIONS or not self._journal.settled:
@@ -228,6 +251,7 @@ class Session:
         origin: tuple[LayerId, ThinId] | None,
         *,
         doomed: bool,
+        extra: Extra,
     ) -> LayerRecord:
         with self._journal.begin(layer, thin_id) as transaction:
             if origin is None:
@@ -239,4 +263,4 @@ class Session:
                     present_in_pool(parent, parent_id),
                 ):
                     transaction.create_snap(parent_id)
-            return transaction.save_record(size, doomed=doomed)
+            return transaction.save_record(size, doomed=doomed, extra=extra)

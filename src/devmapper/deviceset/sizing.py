@@ -6,13 +6,14 @@ fails (deviceset.go AddDevice, growFS).  Here it is marked as deleted until it i
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.layer_options import check_size
 from devmapper.deviceset.names import LayerId, file_name
-from devmapper.deviceset.records import LayerRecord
+from devmapper.deviceset.records import Extra, LayerRecord
 from devmapper.deviceset.session import Graph
 from devmapper.deviceset.steps import Step
 from devmapper.errors import DevmapperError, LayerExists
@@ -24,13 +25,20 @@ log = logging.getLogger(__name__)
 
 
 def create_layer(
-    graph: Graph, mounts: LayerMounts, layer: LayerId, parent: LayerId, size: Bytes | None
-) -> None:
+    graph: Graph,
+    mounts: LayerMounts,
+    layer: LayerId,
+    parent: LayerId,
+    size: Bytes | None,
+    *,
+    extra: Extra = (),
+    finish: Callable[[Path], None] | None = None,
+) -> LayerRecord:
     """Make *layer* from *parent*, with its parent's size if *size* is None.
 
-    Call with both layers held (L1).  The graph's lock is not held while the file system grows.  An
-    error leaves no layer; a crash leaves one that is marked as deleted, which the next start
-    removes.
+    Call with both layers held (L1).  The graph's lock is not held while the file system grows and
+    *finish*, given the device, does the rest.  An error leaves no layer; a crash leaves one that is
+    marked as deleted, which the next start removes.
     """
     with ExitStack() as stack:
         with graph.session() as session:
@@ -39,22 +47,27 @@ def create_layer(
             record = session.get(parent)
             if size is not None:
                 check_size(size, record.size, file_name(parent))
-            if size is None or size == record.size:
-                session.create_snap(layer, parent, record)
-                return
-            made = session.create_unfinished(layer, parent, record, size)
+            grows = size is not None and size != record.size
+            if not grows and finish is None:
+                return session.create_snap(layer, parent, record, extra=extra)
+            wanted = record.size if size is None else size
+            made = session.create_unfinished(layer, parent, record, wanted, extra=extra)
             stack.enter_context(_taken_back_on_error(graph, mounts, layer, made))
             # Another process that recovers meanwhile cannot remove a device that is open
             device = mounts.activate(session, layer, made)
             stack.enter_context(opened(device, os.O_RDONLY))
-        grow(device)
+        if grows:
+            grow(device)
+        if finish is not None:
+            finish(device)
         graph.checkpoint(Step.LAYER_GROWN)
         with graph.session() as session:
-            session.complete(layer, made)
+            completed = session.complete(layer, made)
     try:
         mounts.release(layer)
     except DevmapperError as err:
         log.info("layer %r stays active: %s", file_name(layer), err)
+    return completed
 
 
 @contextmanager

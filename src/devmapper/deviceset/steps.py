@@ -38,6 +38,7 @@ class Step(StrEnum):
     BASE_GROWTH_RECORDED = auto()
     LAYER_GROWN = auto()
     LAYER_COMPLETED = auto()
+    RECORD_REWRITTEN = auto()
     RECOVERED_THIN = auto()
     RECOVERED_RECORD = auto()
     RECOVERED = auto()

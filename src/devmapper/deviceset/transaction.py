@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum, auto
 
 from devmapper.deviceset.names import LayerId, file_name
-from devmapper.deviceset.records import LayerRecord, RecordStore, TransactionRecord
+from devmapper.deviceset.records import Extra, LayerRecord, RecordStore, TransactionRecord
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.engine.port import PoolStatus, ThinPool
 from devmapper.errors import (
@@ -77,12 +77,13 @@ class Transaction:
         self.deleted_thin = True
         self._journal.checkpoint(Step.THIN_DELETED)
 
-    def save_record(self, size: Bytes, *, doomed: bool = False) -> LayerRecord:
+    def save_record(self, size: Bytes, *, doomed: bool = False, extra: Extra = ()) -> LayerRecord:
         """`initialized` stays false for all but the base layer, which sets it later (as moby).
 
-        A *doomed* layer is marked as deleted from its beginning.
+        A *doomed* layer is marked as deleted from its beginning.  *extra* are members of the record
+        that Docker does not know.
         """
-        record = LayerRecord(self.thin_id, size, self.transaction_id, deleted=doomed)
+        record = LayerRecord(self.thin_id, size, self.transaction_id, deleted=doomed, extra=extra)
         self._journal.store.save(self.layer, record)
         self._journal.checkpoint(Step.RECORD_SAVED)
         return record

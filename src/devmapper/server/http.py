@@ -1,0 +1,133 @@
+"""HTTP/1.1 on a unix socket or a TCP port: an aiohttp application in a thread of its own.
+
+The core blocks, so requests run in worker threads; the event loop only moves bytes.
+"""
+
+import asyncio
+import functools
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple, ParamSpec, TypeVar
+
+from aiohttp import web
+
+from devmapper.server import sockets
+from devmapper.server.service import STOP_SECONDS
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WORKERS: Final = 32
+_START_SECONDS: Final = 30.0
+_FOREVER_SECONDS: Final = 86_400.0  # `stop` says how long
+
+
+class TcpAddress(NamedTuple):
+    host: str
+    port: int  # 0: any that is free
+
+
+class HttpService:
+    """One application on one address; a subclass or caller gives it its routes."""
+
+    def __init__(
+        self, name: str, address: Path | TcpAddress, application: Callable[[], web.Application]
+    ) -> None:
+        """*application* is called in the event loop's thread, once, by `start`."""
+        self._name = name
+        self._address = address
+        self._make = application
+        self._workers: ThreadPoolExecutor | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._grace = STOP_SECONDS
+        self._own: tuple[int, int] | None = None
+        self.port = 0  # of a TCP address, once it listens
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def start(self) -> None:
+        """See `Service.start`."""
+        listener = self._listen()
+        ready: threading.Event = threading.Event()
+        failures: list[BaseException] = []
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix=self._name)
+        self._thread = threading.Thread(
+            target=self._run, args=(listener, ready, failures), name=f"{self._name}-http"
+        )
+        self._thread.start()
+        ready.wait(_START_SECONDS)
+        if failures:
+            self.stop(0.0)
+            raise failures[0]
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """See `Service.stop`."""
+        thread, loop, stop = self._thread, self._loop, self._stop
+        if thread is None:
+            return
+        self._grace = seconds
+        if loop is not None and stop is not None and thread.is_alive():
+            loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        self._thread = None
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
+        if isinstance(self._address, Path):
+            sockets.remove(self._address, self._own)
+
+    async def in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that blocks in a worker thread; for handlers."""
+        assert self._workers is not None  # noqa: S101 - handlers run between start and stop
+        bound = functools.partial(call, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
+
+    def _listen(self) -> socket.socket:
+        if isinstance(self._address, Path):
+            listener = sockets.listen(self._address)
+            self._own = sockets.identity(self._address)
+            return listener
+        listener = socket.create_server(self._address, backlog=128)
+        self.port = listener.getsockname()[1]
+        return listener
+
+    def _run(
+        self, listener: socket.socket, ready: threading.Event, failures: list[BaseException]
+    ) -> None:
+        try:
+            asyncio.run(self._serve(listener, ready))
+        except BaseException as err:
+            if ready.is_set():
+                log.exception("the %s service ended", self._name)
+            failures.append(err)
+        finally:
+            listener.close()
+            ready.set()
+
+    async def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        runner = web.AppRunner(
+            self._make(), access_log=None, handle_signals=False, shutdown_timeout=_FOREVER_SECONDS
+        )
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listener, backlog=sockets.BACKLOG).start()
+            ready.set()
+            await self._stop.wait()
+        finally:
+            # Idle connections are closed at once, requests under way are given the time
+            try:
+                async with asyncio.timeout(self._grace):
+                    await runner.cleanup()
+            except TimeoutError:
+                log.warning("the %s service: requests under way were broken off", self._name)

@@ -1,0 +1,158 @@
+"""The daemon's sockets and its HTTP service."""
+
+import asyncio
+import errno
+import http.client
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from devmapper.errors import UsageError
+from devmapper.server import sockets
+from devmapper.server.http import HttpService, TcpAddress
+from devmapper.server.operations import Operations
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+
+def get(path: Path, url: str) -> bytes:
+    connection = _Connection(path)
+    connection.request("GET", url)
+    try:
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+def test_listens_with_mode_0600_and_leaves_nothing(tmp_path):
+    listener = sockets.listen(tmp_path / "a.sock")
+    try:
+        assert stat.S_IMODE((tmp_path / "a.sock").stat().st_mode) == 0o600
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.sock"]
+        with pytest.raises(OSError, match="another process listens") as raised:
+            sockets.listen(tmp_path / "a.sock")
+        assert raised.value.errno == errno.EADDRINUSE
+    finally:
+        listener.close()
+    sockets.listen(tmp_path / "a.sock").close()  # what a dead process left is replaced
+
+
+def test_what_is_no_socket_is_not_replaced(tmp_path):
+    file = tmp_path / "a.sock"
+    file.write_text("precious")
+    with pytest.raises(OSError, match="not a socket"):
+        sockets.listen(file)
+    assert file.read_text() == "precious"
+    (tmp_path / "link").symlink_to(file)
+    with pytest.raises(OSError, match="not a socket"):
+        sockets.listen(tmp_path / "link")
+
+
+@pytest.mark.parametrize("path", ["relative.sock", "/" + "x" * 100])
+def test_paths_that_no_socket_can_have(path):
+    with pytest.raises(UsageError):
+        sockets.listen(Path(path))
+
+
+def test_only_our_own_socket_is_removed(tmp_path):
+    path = tmp_path / "a.sock"
+    first = sockets.listen(path)
+    own = sockets.identity(path)
+    first.close()
+    second = sockets.listen(path)
+    sockets.remove(path, own)
+    assert path.exists()
+    sockets.remove(path, sockets.identity(path))
+    second.close()
+    assert not path.exists()
+
+
+def test_serves_and_lets_requests_under_way_end(tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        entered.set()
+        leave.wait(10)
+        return "done"
+
+    def application() -> web.Application:
+        async def handle(request: web.Request) -> web.Response:
+            return web.Response(text=await service.in_thread(slow))
+
+        made = web.Application()
+        made.router.add_get("/slow", handle)
+        return made
+
+    service = HttpService("test", tmp_path / "a.sock", application)
+    service.start()
+    answers: list[bytes] = []
+    client = threading.Thread(target=lambda: answers.append(get(tmp_path / "a.sock", "/slow")))
+    client.start()
+    entered.wait(10)
+    stopper = threading.Thread(target=service.stop, args=(10.0,))
+    stopper.start()
+    time.sleep(0.1)
+    leave.set()
+    stopper.join()
+    client.join()
+    assert answers == [b"done"]
+    assert list(tmp_path.iterdir()) == []
+    service.stop()
+
+
+def test_stop_does_not_wait_for_ever(tmp_path):
+    def application() -> web.Application:
+        async def handle(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        made = web.Application()
+        made.router.add_get("/", handle)
+        return made
+
+    service = HttpService("test", TcpAddress("127.0.0.1", 0), application)
+    service.start()
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.1)
+        service.stop(0.1)
+        assert client.recv(1) == b""
+
+
+def test_an_application_that_cannot_be_made(tmp_path):
+    def application() -> web.Application:
+        raise UsageError("no routes")
+
+    service = HttpService("test", tmp_path / "a.sock", application)
+    with pytest.raises(UsageError, match="no routes"):
+        service.start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operations_are_counted():
+    operations = Operations()
+    with operations.measure("docker", "Create"):
+        under_way = operations.registry.get_sample_value(
+            "devmapper_operations_under_way", {"front_end": "docker", "operation": "Create"}
+        )
+    assert under_way == 1
+    with pytest.raises(UsageError), operations.measure("docker", "Create"):
+        raise UsageError("no")
+    labels = {"front_end": "docker", "operation": "Create"}
+    value = operations.registry.get_sample_value
+    assert value("devmapper_operation_duration_seconds_count", labels) == 2
+    assert value("devmapper_operation_errors_total", {**labels, "error": "UsageError"}) == 1
+    assert value("devmapper_operations_under_way", labels) == 0
