@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import devmapper
-from devmapper.engine.select import Preference
+from devmapper.cli.settings import preference
 from devmapper.server.docker.service import DockerPlugin
 from devmapper.server.operations import Operations
 
 _START_SECONDS = 60.0
 
 
-def main(home: str, socket: str, engine: "Preference", *options: str) -> None:
+def main(home: str, socket: str, engine: str, *options: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     ended = {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
-    with devmapper.init(home, options, engine=engine) as driver:
+    with devmapper.init(home, options, engine=preference(engine)) as driver:
         plugin = DockerPlugin(driver, Path(socket), Operations())
         plugin.start()
         print("ready", flush=True)
