@@ -143,11 +143,19 @@ class Driver:
         self._remove_mount_point(id)
         return deletion
 
-    def get(self, id: str, mount_label: str = "") -> str:  # noqa: A002 - the seed's name
+    def get(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        mount_label: str = "",
+        *,
+        user: str = "",
+        once: bool = False,
+    ) -> str:
         """Mount a layer, or count one more user, and return the directory with its files.
 
-        That is `<home>/mnt/<id>/rootfs`.  `LayerNotFound`, `LayerBusy`, `MountFailed`, `UsageError`
-        for a label that is not fit.  moby `driver.go` Get.
+        That is `<home>/mnt/<id>/rootfs`.  A *user* with a name is remembered until the next boot,
+        whatever becomes of this process; with *once* he is counted once only.  `LayerNotFound`,
+        `LayerBusy`, `MountFailed`, `UsageError` for a label that is not fit.  moby `driver.go` Get.
         """
         layer = layer_id(id)
         if not self.devices.has_device(layer):  # before anything is made for it
@@ -157,26 +165,58 @@ class Driver:
         for directory in (path.parent, path):
             make_owned(directory, 0o755, self.devices.owner)
         try:
-            self.devices.mount_device(layer, path, mount_label)
+            self.devices.mount_device(layer, path, mount_label, user=user, once=once)
         except BaseException:
             self._remove_mount_point(layer)
             raise
         try:
             prepare_root(layer, path, self.devices.owner)
         except BaseException:
-            self.put(layer)
+            self.put(layer, user=user)
             raise
         return str(path / ROOTFS)
 
-    def put(self, id: str) -> None:  # noqa: A002 - the seed's name
+    def put(self, id: str, *, user: str = "") -> None:  # noqa: A002 - the seed's name
         """Take back one `get`; the last one unmounts the layer and removes its mount point.
 
         `LayerNotFound`, `LayerNotMounted`; `LayerBusy` names who uses it, and it can be called
         again.  moby `driver.go` Put.
         """
         layer = layer_id(id)
-        if self.devices.unmount_device(layer) == 0:
+        if self.devices.unmount_device(layer, user=user) == 0:
             self._remove_mount_point(layer)
+
+    def activate(self, id: str) -> str:  # noqa: A002 - the seed's name
+        """Make a layer's block device without mounting it, and return its path.
+
+        For a virtual machine, or a tool for disks.  One that is there already is returned as it is.
+        It has no protection from two users: do not mount the layer meanwhile.  `LayerNotFound`,
+        `LayerBusy` if it is served over NBD.
+        """
+        return str(self.devices.activate_device(layer_id(id)))
+
+    def deactivate(self, id: str) -> bool:  # noqa: A002 - the seed's name
+        """Take back `activate` or `serve_nbd`; whether there was anything to take back.
+
+        `LayerNotFound`; `LayerBusy` names who uses it, and it can be called again.
+        """
+        return self.devices.deactivate_device(layer_id(id))
+
+    def serve_nbd(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        socket: Path | str | None = None,
+        *,
+        read_only: bool = False,
+    ) -> str:
+        """Serve a layer over NBD on a unix socket of mode 0600, and return its URI.
+
+        `deactivate` ends it.  For virtual machines on hosts without loop devices; embedded engine
+        only (`EnvironmentLacking` says what to do elsewhere).  A snapshot that is made meanwhile
+        is consistent as after a loss of power: the client's file system is not frozen.
+        `LayerNotFound`, `LayerBusy`, `UsageError` for a socket that cannot be.
+        """
+        return self.devices.serve_nbd(layer_id(id), socket, read_only=read_only).uri()
 
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
         """Whether the layer exists; `UsageError` for an id that no layer can have.  moby Exists."""

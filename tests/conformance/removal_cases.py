@@ -13,6 +13,7 @@ import pytest
 
 from devmapper.deviceset.deletion import Deletion
 from devmapper.deviceset.deviceset import DeviceSet
+from devmapper.deviceset.names import LayerId
 from devmapper.driver import Driver
 from devmapper.engine.port import Activation
 from devmapper.errors import (
@@ -274,6 +275,29 @@ class RemovalCases(GraphDriverBase):
         driver.create("one")
 
     # A restart between get and put
+
+    def test_users_with_a_name_are_remembered(self, driver, home):
+        """A daemon that was killed goes on counting where it was."""
+        driver.create("a")
+        path = Path(driver.get("a", user="docker"))
+        driver.get("a", user="docker")
+        driver.get("a", user="cli", once=True)
+        with self.open(home) as second:
+            second.get("a", user="cli", once=True)
+            assert second.devices.parts.mounts.users(LayerId("a")) == {"docker": 2, "cli": 1}
+            with pytest.raises(LayerBusy, match="held by cli, docker"):
+                second.put("a", user="containerd")
+            second.put("a", user="cli")
+            second.put("a", user="docker")
+            assert path.is_dir()
+        with self.open(home) as third:
+            third.put("a", user="docker")
+            assert not path.exists()
+            with pytest.raises(LayerNotMounted):
+                third.put("a", user="docker")
+            third.get("a")  # nothing is left of those who were
+            third.put("a", user="docker")  # somebody without a name leaves for anybody
+        assert not path.exists()
 
     def test_a_driver_puts_what_another_got(self, driver, home):
         driver.create("one")

@@ -1,14 +1,15 @@
 """Layers as mounted file systems: activate, mount, count, unmount, deactivate.
 
-What is active and mounted is asked of the system.  Only the number of users inside this process is
-counted here, and it starts from what is mounted already: a layer that another command mounted has
-one user, its mount.
+What is active and mounted is asked of the system.  Only its users are counted (`users.py`), and
+that starts from what is mounted already: a layer that another command mounted has one user, its
+mount.
 """
 
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -25,7 +26,9 @@ from devmapper.deviceset.mounting import mention_label, mount_layer
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
+from devmapper.deviceset.users import SOMEBODY, Users, take_back
 from devmapper.engine.port import Activation, DeviceInfo
+from devmapper.engine.runtime import runtime_base
 from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
 from devmapper.linux import blockdev, mount
 from devmapper.linux.holders import stacked_devices
@@ -42,7 +45,7 @@ class LayerMounts:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._locks: KeyedLock[LayerId] = KeyedLock()
-        self._users: dict[LayerId, int] = {}
+        self._users = Users(runtime_base() / f"{graph.names.prefix}-users")
         self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
 
     @contextmanager
@@ -51,10 +54,13 @@ class LayerMounts:
         with self._locks.hold(*layers):
             yield
 
-    def mount(self, layer: LayerId, path: Path, label: str) -> int:
+    def mount(
+        self, layer: LayerId, path: Path, label: str, *, user: str = SOMEBODY, once: bool = False
+    ) -> int:
         """Mount *layer* on *path*, or count one more user; returns how many there are now.
 
-        On an error the layer is as it was.
+        With *once* a *user* who has it mounted is not counted again.  On an error the layer is as
+        it was.
         """
         with self.hold(layer):
             info = self.info(layer)
@@ -63,36 +69,60 @@ class LayerMounts:
                 if not _same_place(place, path):
                     raise LayerBusy(file_name(layer), [f"a mount at {str(place)!r}"])
                 mention_label(layer, place, label)
-                users = max(1, self._users.get(layer, 1)) + 1
+                users = self._users.of(layer)
+                if not (once and users[user]):
+                    users[user] += 1
             else:
+                check_not_served(layer, info)
                 self._activate_and_mount(layer, info, path, label)
-                users = 1
-            self._users[layer] = users
-            return users
+                users = Counter({user: 1})
+            self._users.set(layer, users)
+            return users.total()
 
-    def unmount(self, layer: LayerId) -> int:
-        """Take one user away; the last one unmounts and deactivates.  Returns how many are left.
+    def unmount(self, layer: LayerId, *, user: str = SOMEBODY) -> int:
+        """Take one use away; the last one unmounts and deactivates.  Returns how many are left.
 
         Busy: `LayerBusy` after a second, and everything stays as it was, so that it can be tried
-        again.
+        again; at once, where only others than *user* use it.
         """
         with self.hold(layer):
             info = self.info(layer)
             place = self._place(layer, info)
             if info is None or place is None:
-                self._users.pop(layer, None)
+                self._users.drop(layer)
                 if info is None or info.state is Activation.LEAVING:
                     raise LayerNotMounted(file_name(layer))
                 self._deactivate(layer, info)  # what an earlier call could not do
                 return 0
-            left = max(1, self._users.get(layer, 1)) - 1
-            if left > 0:
-                self._users[layer] = left
-                return left
+            users = self._users.of(layer)
+            if not take_back(users, user):
+                raise LayerBusy(file_name(layer), sorted(+users))
+            if users.total() > 0:
+                self._users.set(layer, users)
+                return users.total()
             self._unmount(layer, place)
-            self._users.pop(layer, None)
+            self._users.drop(layer)
             self._deactivate(layer, info)
             return 0
+
+    def users(self, layer: LayerId) -> Mapping[str, int]:
+        """Who uses the layer's mount, by name; empty if it is not mounted."""
+        with self.hold(layer):
+            if self._place(layer, self.info(layer)) is None:
+                return {}
+            return dict(self._users.of(layer))
+
+    def used_by(self, user: str) -> list[LayerId]:
+        """The layers that *user* has mounted."""
+        return [layer for layer in self._users.layers_of(user) if self.users(layer).get(user)]
+
+    def count_once(self, layer: LayerId, user: str) -> None:
+        """However often *user* was counted, once it is from now on."""
+        with self.hold(layer):
+            users = self._users.of(layer)
+            if users[user] > 1:
+                users[user] = 1
+                self._users.set(layer, users)
 
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
@@ -121,8 +151,7 @@ class LayerMounts:
     def activate(self, session: Session, layer: LayerId, record: LayerRecord) -> Path:
         """Make the layer's block device; one that is there already is returned as it is."""
         name = self._graph.names.device(layer)
-        # A device consists of whole sectors; dm.basesize need not (moby divides by 512 as well)
-        whole = Bytes(record.size - record.size % SECTOR_SIZE)
+        whole = disk_size(record)
         with present_in_pool(layer, record.thin_id):
             try:
                 return session.pool.activate(name, record.thin_id, whole)
@@ -137,7 +166,7 @@ class LayerMounts:
         """
         info = self.info(layer)
         if info is not None and info.open_count > 0 and _is_claimed(info.path):
-            raise LayerBusy(file_name(layer), who_holds(info.path))
+            raise LayerBusy(file_name(layer), who_holds(info))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:
         """Deactivate a device that nobody should use any more."""
@@ -153,7 +182,7 @@ class LayerMounts:
     def busy(self, layer: LayerId) -> LayerBusy:
         """The error that names who uses the layer's device."""
         info = self.info(layer)
-        return LayerBusy(file_name(layer), who_holds(info.path) if info else ())
+        return LayerBusy(file_name(layer), who_holds(info) if info else ())
 
     def remove_mount_point(self, layer: LayerId) -> None:
         """Remove the directory below `mnt`, which moby 1.7 leaves behind."""
@@ -162,7 +191,7 @@ class LayerMounts:
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
-        self._users.clear()
+        self._users.forget()
 
     def _activate_and_mount(
         self, layer: LayerId, before: DeviceInfo | None, path: Path, label: str
@@ -218,6 +247,18 @@ class LayerMounts:
             deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
             raise self.busy(layer) from err
+
+
+def disk_size(record: LayerRecord) -> Bytes:
+    """A device has whole sectors; dm.basesize need not (moby divides by 512 as well)."""
+    return Bytes(record.size - record.size % SECTOR_SIZE)
+
+
+def check_not_served(layer: LayerId, info: DeviceInfo | None) -> None:
+    """`LayerBusy` for a layer that is served over NBD: a file system has one user, or is lost."""
+    if info is not None and info.nbd is not None:
+        users = info.nbd.clients or (f"its NBD socket {str(info.nbd.socket)!r}",)
+        raise LayerBusy(file_name(layer), users)
 
 
 def _is_claimed(path: Path) -> bool:

@@ -11,35 +11,42 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NamedTuple, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
 from devmapper.server import sockets
+from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
+
+__all__ = ["HttpService", "TcpAddress"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
-_FOREVER_SECONDS: Final = 86_400.0  # `stop` says how long
-
-
-class TcpAddress(NamedTuple):
-    host: str
-    port: int  # 0: any that is free
+KEEP_ALIVE_SECONDS: Final = 75.0
+FOREVER_SECONDS: Final = 30 * 86_400.0
 
 
 class HttpService:
     """One application on one address; a subclass or caller gives it its routes."""
 
     def __init__(
-        self, name: str, address: Path | TcpAddress, application: Callable[[], web.Application]
+        self,
+        name: str,
+        address: Path | TcpAddress,
+        application: Callable[[], web.Application],
+        *,
+        keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """*application* is called in the event loop's thread, once, by `start`."""
+        """*application* is called in the event loop's thread, once, by `start`.
+
+        Connections that are idle for *keep_alive* seconds are closed.
+        """
         self._name = name
         self._address = address
         self._make = application
@@ -47,6 +54,7 @@ class HttpService:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
         self._own: tuple[int, int] | None = None
         self.port = 0  # of a TCP address, once it listens
@@ -117,7 +125,11 @@ class HttpService:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         runner = web.AppRunner(
-            self._make(), access_log=None, handle_signals=False, shutdown_timeout=_FOREVER_SECONDS
+            self._make(),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=FOREVER_SECONDS,
+            keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
         try:
