@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from devmapper.cli import border, content, disks, engine, layers, pool, pool_setup
+from devmapper.cli import border, content, disks, engine, layers, pool, pool_setup, serve
 from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
 from devmapper.errors import UsageError
 
@@ -124,6 +124,7 @@ for command in (
     content.diff,
     content.changes,
     content.apply,
+    serve.serve,
 ):
     app.command()(command)
 app.command("import")(content.import_)

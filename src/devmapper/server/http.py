@@ -11,14 +11,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NamedTuple, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
 from devmapper.server import sockets
+from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
+
+__all__ = ["HttpService", "TcpAddress"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,11 +30,6 @@ WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
 KEEP_ALIVE_SECONDS: Final = 75.0
 FOREVER_SECONDS: Final = 30 * 86_400.0
-
-
-class TcpAddress(NamedTuple):
-    host: str
-    port: int  # 0: any that is free
 
 
 class HttpService:
