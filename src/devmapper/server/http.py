@@ -29,16 +29,25 @@ T = TypeVar("T")
 
 WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
-_FOREVER_SECONDS: Final = 86_400.0  # `stop` says how long
+KEEP_ALIVE_SECONDS: Final = 75.0
+FOREVER_SECONDS: Final = 30 * 86_400.0
 
 
 class HttpService:
     """One application on one address; a subclass or caller gives it its routes."""
 
     def __init__(
-        self, name: str, address: Path | TcpAddress, application: Callable[[], web.Application]
+        self,
+        name: str,
+        address: Path | TcpAddress,
+        application: Callable[[], web.Application],
+        *,
+        keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """*application* is called in the event loop's thread, once, by `start`."""
+        """*application* is called in the event loop's thread, once, by `start`.
+
+        Connections that are idle for *keep_alive* seconds are closed.
+        """
         self._name = name
         self._address = address
         self._make = application
@@ -46,6 +55,7 @@ class HttpService:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
@@ -128,7 +138,11 @@ class HttpService:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         runner = web.AppRunner(
-            self._make(), access_log=None, handle_signals=False, shutdown_timeout=_FOREVER_SECONDS
+            self._make(),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=FOREVER_SECONDS,
+            keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
         try:
