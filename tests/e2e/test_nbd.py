@@ -1,5 +1,6 @@
 """Layers over NBD: the command, QEMU's tools, snapshots while a client writes, who holds what."""
 
+import json
 import os
 import re
 import signal
@@ -191,6 +192,10 @@ def test_qemu_img_and_qemu_io(driver, tmp_path):
     )  # fmt: skip
     assert "failed" not in out
     assert "error" not in out.lower()
+    mapped = json.loads(qemu("qemu-img", "map", "--output=json", "-f", "raw", uri))
+    assert sum(part["length"] for part in mapped) == 256 * MIB
+    data = sum(part["length"] for part in mapped if part["data"])
+    assert 20 * MIB <= data < 60 * MIB  # what is not mapped is known, and not read
     listed = qemu("qemu-nbd", "--list", "--socket", socket_of(uri))
     assert "exports available: 1" in listed
     assert re.search(r"size: +268435456", listed)
