@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOME_MODE: Final = 0o700  # as the device set makes it
+_IDLE_SECONDS: Final = 1.0  # for a worker without a request to end
 _BREAK_OFF_SECONDS: Final = 5.0  # for services to end once requests are not waited for any more
 
 
@@ -60,8 +61,7 @@ def serve(config: Config) -> None:
         _wait_for_end(requests, notifier)
         log.info("told to end: requests under way have %gs", config.stop_time)
         notifier.stopping("waiting for requests under way")
-        done = _stop(services, config.stop_time, requests, notifier) and operations.under_way == 0
-        if not done:
+        if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
         if snapshots is not None:
@@ -169,6 +169,19 @@ def _stopping(
     for thread in threads:
         thread.start()
     return threads
+
+
+def _workers_are_left() -> bool:
+    """Whether a thread still works on a request; the process could not end before it.
+
+    The workers of services are the only threads that the interpreter waits for at its end.
+    """
+    deadline = time.monotonic() + _IDLE_SECONDS
+    workers = [each for each in threading.enumerate() if not each.daemon]
+    workers.remove(threading.current_thread())
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    return any(worker.is_alive() for worker in workers)
 
 
 def _end_as_if_killed() -> NoReturn:
