@@ -80,6 +80,14 @@ def docker() -> str:
 
 
 @functools.cache
+def go() -> str:
+    """Go and the packaged sources that the suites in tests/suites are built from."""
+    from tests.support import go_suite
+
+    return next(filter(None, map(go_suite.missing, go_suite.names())), "")
+
+
+@functools.cache
 def uml() -> str:
     """A kernel with dm-thin as a process: User Mode Linux."""
     from tests.uml import boot
@@ -100,6 +108,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "fuse": fuse,
     "tools": tools,
     "docker": docker,
+    "go": go,
     "uml": uml,
     "kernel": kernel,
 }
