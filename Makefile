@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker clean-leftovers
+.PHONY: bench-docker bench-clients clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ endif
 
 bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User Mode Linux
 	$(PY) tools/bench_docker.py
+
+bench-clients: $(STAMP) ## Docker's plugin and containerd's snapshotter beside their own, in User Mode Linux
+	$(PY) tools/bench_clients.py
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

@@ -9,15 +9,13 @@ Markdown.  It asserts nothing.
 import argparse
 import json
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
+
+from benchmarking import Timings, add, disk, go_benchmarks, need_packages, quartiles, run
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
@@ -32,28 +30,6 @@ OPTIONS = (
 REMOVALS = ("deferred", "waiting")
 # Go stops its timer in every run, which takes milliseconds in a guest: longer than to read a file
 LEFT_OUT = ("DeepRead20",)
-IMAGE_SIZE = 6 << 30
-NANOSECONDS_PER_MILLISECOND = 1e6
-
-Timings = dict[str, list[float]]  # nanoseconds
-
-
-def need_packages() -> None:
-    """Install what only this benchmark needs."""
-    wanted = (SUITE / "apt-packages").read_text().split()
-    asked = subprocess.run(
-        ["dpkg-query", "-W", "-f=${Package} ${Status}\n", *wanted],
-        capture_output=True, text=True, check=False,
-    ).stdout  # fmt: skip
-    missing = [name for name in wanted if f"{name} install ok installed\n" not in asked]
-    if missing:
-        print(f"bench-docker: installing {' '.join(missing)}", file=sys.stderr)
-        subprocess.run(
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        )
 
 
 def on_the_host(options: argparse.Namespace) -> int:
@@ -61,7 +37,7 @@ def on_the_host(options: argparse.Namespace) -> int:
     from tests.uml.boot import Machine
     from tests.uml.guest import run_in_uml
 
-    need_packages()
+    need_packages(SUITE)
     with tempfile.TemporaryDirectory(prefix="bench-docker-", dir="/var/tmp") as folder:
         out = Path(folder)
         subprocess.run([SUITE / "build", out / "suite"], check=True)
@@ -90,22 +66,6 @@ def in_the_guest(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def disk() -> Iterator[Path]:
-    """An ext4 in memory: what is measured is the drivers, not a disk."""
-    image, point = Path("/tmp/bench.ext4"), Path("/tmp/bench")
-    with image.open("wb") as file:
-        file.truncate(IMAGE_SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=1", image], check=True)
-    point.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, point], check=True)
-    try:
-        yield point
-    finally:
-        subprocess.run(["umount", point], check=True)
-        image.unlink()
-
-
 def driver_options(removal: str) -> tuple[str, ...]:
     """Docker's default is deferred removal wherever the kernel can, ours is to wait."""
     wanted = "true" if removal == "deferred" else "false"
@@ -127,12 +87,8 @@ def dockers(suite: Path, scratch: Path, options: argparse.Namespace, removal: st
         [str(suite), "-test.run", "NONE", "-test.bench", ".",
          f"-test.benchtime={options.benchtime}x"], environment,
     )  # fmt: skip
-    # The driver logs between a benchmark's name and its result, which is a line of its own then
-    names = re.findall(r"^Benchmark(\w+)", said, re.MULTILINE)
-    results = re.findall(rf"^(?:Benchmark\w+)?\s+{options.benchtime}\s+([\d.]+) ns/op", said,
-                         re.MULTILINE)  # fmt: skip
-    benchmarks = zip(names, results, strict=True)
-    found.update({name: [float(took)] for name, took in benchmarks if name not in LEFT_OUT})
+    measured = go_benchmarks(said, options.benchtime)
+    found.update({name: took for name, took in measured.items() if name not in LEFT_OUT})
     return found
 
 
@@ -148,20 +104,6 @@ def ours(scratch: Path, options: argparse.Namespace, removal: str) -> Timings:
         return found
 
 
-def run(argv: list[str], environment: Mapping[str, str]) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{argv[0]}: {done.stdout}\n{done.stderr}")
-    if done.stdout and argv[0] == sys.executable:
-        print(done.stdout, file=sys.stderr)
-    return done.stdout
-
-
-def add(to: Timings, more: Timings) -> None:
-    for name, values in more.items():
-        to.setdefault(name, []).extend(values)
-
-
 def print_table(docker: Timings, own: Timings) -> None:
     """Medians; on a busy machine the quicker quarter of all tells more of the drivers."""
     print("| operation (ms) | Docker's driver | ours | ratio | ratio of lower quartiles |")
@@ -173,12 +115,6 @@ def print_table(docker: Timings, own: Timings) -> None:
             f"| {name} | {theirs:.3g} | {mine:.3g} | {mine / theirs:.2f} |"
             f" {my_quarter / their_quarter:.2f} |"
         )
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """Median and lower quartile, in milliseconds."""
-    lower, median, _ = statistics.quantiles(values * 2, n=4, method="inclusive")
-    return median / NANOSECONDS_PER_MILLISECOND, lower / NANOSECONDS_PER_MILLISECOND
 
 
 def main() -> int:

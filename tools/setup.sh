@@ -9,7 +9,8 @@ packages=(
   util-linux mount fdisk  # losetup, fstrim, blkdiscard, blkid for the tests
   lvm2 dmsetup            # a disk becomes a pool; the tables of the kernel tests
   thin-provisioning-tools # thin_check, thin_dump, thin_restore: the oracle of the tests
-  fio qemu-utils          # verify under load; the peer of the benchmark
+  fio qemu-utils          # verify under load; the peer of the benchmark, and a client of NBD
+  qemu-system-x86         # a virtual machine boots from a snapshot, in software
   user-mode-linux kmod    # a kernel with dm-thin as a process, for the tests; modprobe in it
   busybox-static          # halt there, where no init system is installed
   dmsetup udev lvm2       # devices made by hand, udevadm and udevd, pools of LVM

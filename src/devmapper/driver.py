@@ -186,6 +186,38 @@ class Driver:
         if self.devices.unmount_device(layer, user=user) == 0:
             self._remove_mount_point(layer)
 
+    def activate(self, id: str) -> str:  # noqa: A002 - the seed's name
+        """Make a layer's block device without mounting it, and return its path.
+
+        For a virtual machine, or a tool for disks.  One that is there already is returned as it is.
+        It has no protection from two users: do not mount the layer meanwhile.  `LayerNotFound`,
+        `LayerBusy` if it is served over NBD.
+        """
+        return str(self.devices.activate_device(layer_id(id)))
+
+    def deactivate(self, id: str) -> bool:  # noqa: A002 - the seed's name
+        """Take back `activate` or `serve_nbd`; whether there was anything to take back.
+
+        `LayerNotFound`; `LayerBusy` names who uses it, and it can be called again.
+        """
+        return self.devices.deactivate_device(layer_id(id))
+
+    def serve_nbd(
+        self,
+        id: str,  # noqa: A002 - the seed's name
+        socket: Path | str | None = None,
+        *,
+        read_only: bool = False,
+    ) -> str:
+        """Serve a layer over NBD on a unix socket of mode 0600, and return its URI.
+
+        `deactivate` ends it.  For virtual machines on hosts without loop devices; embedded engine
+        only (`EnvironmentLacking` says what to do elsewhere).  A snapshot that is made meanwhile
+        is consistent as after a loss of power: the client's file system is not frozen.
+        `LayerNotFound`, `LayerBusy`, `UsageError` for a socket that cannot be.
+        """
+        return self.devices.serve_nbd(layer_id(id), socket, read_only=read_only).uri()
+
     def exists(self, id: str) -> bool:  # noqa: A002 - the seed's name
         """Whether the layer exists; `UsageError` for an id that no layer can have.  moby Exists."""
         return self.devices.has_device(layer_id(id))

@@ -75,8 +75,8 @@ def loop_devices_on(folder: Path) -> list[Path]:
     return [node for node, file in loop.attached_devices() if str(file).startswith(f"{folder}/")]
 
 
-class KillSuite:
-    """A subclass names the engine (`make_engine`)."""
+class KillBase:
+    """A graph for each test; a subclass names the engine (`make_engine`)."""
 
     def make_engine(self) -> Engine:
         raise NotImplementedError
@@ -134,6 +134,10 @@ class KillSuite:
                 after(step, devices)
                 self.check(home, devices)
         return noting.seen
+
+
+class KillSuite(KillBase):
+    """What changes layers."""
 
     def test_the_first_start(self, home: Path, tmp_path: Path) -> None:
         noting = Noting()

@@ -88,6 +88,21 @@ def go() -> str:
 
 
 @functools.cache
+def qemu() -> str:
+    """QEMU: its tools for images, and a machine in software."""
+    packages = {
+        "qemu-img": "qemu-utils",
+        "qemu-io": "qemu-utils",
+        "qemu-nbd": "qemu-utils",
+        "qemu-system-x86_64": "qemu-system-x86",
+    }
+    for tool, package in packages.items():
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (Debian: {package})"
+    return ""
+
+
+@functools.cache
 def uml() -> str:
     """A kernel with dm-thin as a process: User Mode Linux."""
     from tests.uml import boot
@@ -109,6 +124,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "tools": tools,
     "docker": docker,
     "go": go,
+    "qemu": qemu,
     "uml": uml,
     "kernel": kernel,
 }

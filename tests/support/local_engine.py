@@ -16,13 +16,14 @@ from devmapper.engine.port import (
     Activation,
     DeviceInfo,
     EngineFeatures,
+    NbdExport,
     Outcome,
     PoolMode,
     PoolStatus,
     PoolTable,
     ThinStatus,
 )
-from devmapper.errors import PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
+from devmapper.errors import EnvironmentLacking, PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.metadata import PoolMetadata, is_blank
 from devmapper.units import Bytes, ThinId, TransactionId
@@ -194,6 +195,11 @@ class LocalPool:
         info = self._active[name]
         with info.path.open("wb") as file:
             file.truncate(info.size)
+
+    def serve_nbd(
+        self, name: str, thin_id: ThinId, size: Bytes, socket: Path | None, *, read_only: bool
+    ) -> NbdExport:
+        raise EnvironmentLacking("this engine has plain files")
 
     def close(self) -> None:
         self._metadata.close()

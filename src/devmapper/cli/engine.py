@@ -118,4 +118,11 @@ def _describe(device: "DeviceInfo") -> dict[str, object]:
         "path": str(device.path),
         "state": str(device.state),
         "open_count": device.open_count,
+        "nbd": None
+        if device.nbd is None
+        else {
+            "uri": device.nbd.uri(),
+            "read_only": device.nbd.read_only,
+            "clients": list(device.nbd.clients),
+        },
     }

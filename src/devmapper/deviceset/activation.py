@@ -73,6 +73,7 @@ class LayerMounts:
                 if not (once and users[user]):
                     users[user] += 1
             else:
+                check_not_served(layer, info)
                 self._activate_and_mount(layer, info, path, label)
                 users = Counter({user: 1})
             self._users.set(layer, users)
@@ -111,6 +112,18 @@ class LayerMounts:
                 return {}
             return dict(self._users.of(layer))
 
+    def used_by(self, user: str) -> list[LayerId]:
+        """The layers that *user* has mounted."""
+        return [layer for layer in self._users.layers_of(user) if self.users(layer).get(user)]
+
+    def count_once(self, layer: LayerId, user: str) -> None:
+        """However often *user* was counted, once it is from now on."""
+        with self.hold(layer):
+            users = self._users.of(layer)
+            if users[user] > 1:
+                users[user] = 1
+                self._users.set(layer, users)
+
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         return self._place(layer, self.info(layer))
@@ -138,8 +151,7 @@ class LayerMounts:
     def activate(self, session: Session, layer: LayerId, record: LayerRecord) -> Path:
         """Make the layer's block device; one that is there already is returned as it is."""
         name = self._graph.names.device(layer)
-        # A device consists of whole sectors; dm.basesize need not (moby divides by 512 as well)
-        whole = Bytes(record.size - record.size % SECTOR_SIZE)
+        whole = disk_size(record)
         with present_in_pool(layer, record.thin_id):
             try:
                 return session.pool.activate(name, record.thin_id, whole)
@@ -154,7 +166,7 @@ class LayerMounts:
         """
         info = self.info(layer)
         if info is not None and info.open_count > 0 and _is_claimed(info.path):
-            raise LayerBusy(file_name(layer), who_holds(info.path))
+            raise LayerBusy(file_name(layer), who_holds(info))
 
     def release(self, layer: LayerId, *, seconds: float = BUSY_TIMEOUT_SECONDS) -> None:
         """Deactivate a device that nobody should use any more."""
@@ -170,7 +182,7 @@ class LayerMounts:
     def busy(self, layer: LayerId) -> LayerBusy:
         """The error that names who uses the layer's device."""
         info = self.info(layer)
-        return LayerBusy(file_name(layer), who_holds(info.path) if info else ())
+        return LayerBusy(file_name(layer), who_holds(info) if info else ())
 
     def remove_mount_point(self, layer: LayerId) -> None:
         """Remove the directory below `mnt`, which moby 1.7 leaves behind."""
@@ -235,6 +247,18 @@ class LayerMounts:
             deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
             raise self.busy(layer) from err
+
+
+def disk_size(record: LayerRecord) -> Bytes:
+    """A device has whole sectors; dm.basesize need not (moby divides by 512 as well)."""
+    return Bytes(record.size - record.size % SECTOR_SIZE)
+
+
+def check_not_served(layer: LayerId, info: DeviceInfo | None) -> None:
+    """`LayerBusy` for a layer that is served over NBD: a file system has one user, or is lost."""
+    if info is not None and info.nbd is not None:
+        users = info.nbd.clients or (f"its NBD socket {str(info.nbd.socket)!r}",)
+        raise LayerBusy(file_name(layer), users)
 
 
 def _is_claimed(path: Path) -> bool:

@@ -6,10 +6,9 @@ udev, blkid and the like open every new block device and let go of it soon.
 import errno
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, TypeVar
 
-from devmapper.engine.port import Outcome, ThinPool
+from devmapper.engine.port import DeviceInfo, Outcome, ThinPool
 from devmapper.errors import ThinBusy
 from devmapper.linux import holders
 
@@ -36,10 +35,12 @@ def retry_while_busy(action: Callable[[], T], *, seconds: float = BUSY_TIMEOUT_S
         time.sleep(_PAUSE_SECONDS)
 
 
-def who_holds(device: Path) -> list[str]:
+def who_holds(device: DeviceInfo) -> list[str]:
     """Who keeps *device*, in words; nobody where that cannot be told, as of one that has gone."""
+    if device.nbd is not None:
+        return list(device.nbd.clients)
     try:
-        return holders.holders(device)
+        return holders.holders(device.path)
     except OSError:
         return []
 

@@ -18,6 +18,7 @@ from devmapper.deviceset.base import ensure_base
 from devmapper.deviceset.consistency import Consistency, present_in_pool
 from devmapper.deviceset.deletion import DELETION_INTERVAL_SECONDS, Deletion, Deletions
 from devmapper.deviceset.devinfo import DevInfo, MetaData
+from devmapper.deviceset.disks import LayerDisks
 from devmapper.deviceset.id_maps import ROOT, Owner
 from devmapper.deviceset.layer_root import make_owned
 from devmapper.deviceset.migration import LegacyRecords
@@ -42,7 +43,7 @@ from devmapper.deviceset.status import (
 )
 from devmapper.deviceset.steps import Checkpoint, no_checkpoint
 from devmapper.deviceset.worker import Worker
-from devmapper.engine.port import Engine, PoolStatus, ThinPool
+from devmapper.engine.port import Engine, NbdExport, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
     LayerNotFound,
@@ -106,6 +107,7 @@ class DeviceSet:
             self._home, self._graph.names.pool, chosen, self._graph.store, checkpoint
         )
         self._mounts = LayerMounts(self._graph)
+        self._disks = LayerDisks(self._graph, self._mounts)
         self._deletions = Deletions(self._graph, self._mounts)
         self._worker = Worker(
             "deferred deletion", self._deletions.complete_all, interval=deletion_interval
@@ -234,6 +236,57 @@ class DeviceSet:
             self._deletions.complete([layer])
         return left
 
+    def activate_device(self, hash: str) -> Path:  # noqa: A002 - the seed's name
+        """The layer's block device, made if there is none, without a mount.
+
+        `/dev/mapper/<name>` or `/dev/loop<n>`, until `deactivate_device` or `unmount_device`.
+        `LayerNotFound`; `LayerBusy` if the layer is served over NBD.
+        """
+        layer = internal_layer_id(hash)
+        self._known(layer)
+        return self._disks.activate(layer)
+
+    def deactivate_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
+        """Take the layer's block device away, or end its NBD service; whether there was one.
+
+        `LayerNotFound`; `LayerBusy` with its users, and nothing has changed.  It is also how the
+        last user of a layer leaves whose deletion was put off.
+        """
+        layer = internal_layer_id(hash)
+        record = self._graph.store.load(layer)
+        if record is None or (record.deleted and self._mounts.info(layer) is None):
+            raise LayerNotFound(file_name(layer))
+        done = self._disks.deactivate(layer)
+        if record.deleted:
+            self._deletions.complete([layer])
+        return done
+
+    def serve_nbd(
+        self,
+        hash: str,  # noqa: A002 - the seed's name
+        socket: Path | str | None = None,
+        *,
+        read_only: bool = False,
+    ) -> NbdExport:
+        """Serve the layer over NBD on a unix socket of mode 0600, until `deactivate_device`.
+
+        Without *socket* the engine chooses where.  Served so already: it stays as it is.
+        `LayerNotFound`; `LayerBusy` if it is mounted, has a block device or is served otherwise;
+        `UsageError` for a path that cannot be a socket's; `EnvironmentLacking` with the kernel
+        engine, which has block devices for everybody.
+        """
+        layer = internal_layer_id(hash)
+        self._known(layer)
+        where = None if socket is None else Path(socket)
+        return self._disks.serve(layer, where, read_only=read_only)
+
+    def nbd_export(self, hash: str) -> NbdExport | None:  # noqa: A002 - the seed's name
+        """How the layer is served over NBD now, and to whom; `LayerNotFound`."""
+        layer = internal_layer_id(hash)
+        self._known(layer)
+        info = self._mounts.info(layer)
+        return None if info is None else info.nbd
+
     def has_device(self, hash: str) -> bool:  # noqa: A002 - the seed's name
         """Whether the layer exists; one that is being deleted does not.  moby HasDevice."""
         return self._find(internal_layer_id(hash)) is not None
@@ -267,7 +320,7 @@ class DeviceSet:
         return DevInfo.of(layer, self._known(layer), self._graph.names)
 
     def device_path(self, hash: str) -> Path | None:  # noqa: A002 - the seed's name
-        """The layer's block device while it is active."""
+        """The layer's block device while it is active; its socket while it is served over NBD."""
         info = self._mounts.info(internal_layer_id(hash))
         return None if info is None else info.path
 

@@ -23,7 +23,7 @@ def release_devices(pool: ThinPool) -> None:
         except (ThinBusy, OSError) as err:
             if isinstance(err, OSError) and err.errno != errno.EBUSY:
                 raise
-            busy = LayerBusy(device.name, who_holds(device.path))
+            busy = LayerBusy(device.name, who_holds(device))
             busy.__cause__ = err
             failed.append(busy)
     for other in failed[1:]:

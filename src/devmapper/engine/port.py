@@ -94,15 +94,30 @@ class ThinStatus(NamedTuple):
     snapshotted_time: int
 
 
+class NbdExport(NamedTuple):
+    """How a thin device is served over NBD."""
+
+    socket: Path
+    read_only: bool
+    clients: tuple[str, ...] = ()  # in words; those that are connected
+
+    def uri(self) -> str:
+        """The address, as QEMU and libnbd take it."""
+        from urllib.parse import quote
+
+        return f"nbd+unix:///?socket={quote(str(self.socket), safe='/:')}"
+
+
 class DeviceInfo(NamedTuple):
     """An activated thin device."""
 
     name: str
     thin_id: ThinId
     size: Bytes
-    path: Path  # the block device: /dev/mapper/<name> or /dev/loop<n>
+    path: Path  # the block device: /dev/mapper/<name> or /dev/loop<n>; or the socket of `nbd`
     state: Activation
     open_count: int  # users that the engine can see; 0 = free to deactivate
+    nbd: NbdExport | None = None  # it is served, and there is no block device
 
 
 class EngineFeatures(NamedTuple):
@@ -171,6 +186,16 @@ class ThinPool(Protocol):
 
     def discard_device(self, name: str) -> None:
         """BLKDISCARD over the whole of an active device."""
+
+    def serve_nbd(
+        self, name: str, thin_id: ThinId, size: Bytes, socket: Path | None, *, read_only: bool
+    ) -> NbdExport:
+        """Serve the device over NBD instead of making a block device; `deactivate` ends it.
+
+        On *socket*, or on one that the engine chooses.  One that is served in the same way already
+        stays as it is; `ThinBusy` if it is served otherwise or has a block device.
+        `EnvironmentLacking` where the engine does not serve devices, but makes block devices.
+        """
 
 
 class Engine(Protocol):

@@ -73,6 +73,11 @@ class Index:
         with self._guard:
             return self._info(self._get(key))
 
+    def entries(self) -> list[Entry]:
+        """All of them at one moment, the root too."""
+        with self._guard:
+            return list(self._entries.values())
+
     def infos(self) -> list[Info]:
         """All of them at one moment, sorted by name."""
         with self._guard:

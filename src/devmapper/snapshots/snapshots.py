@@ -53,7 +53,10 @@ class Snapshots:
     """
 
     def __init__(self, devices: DeviceSet) -> None:
-        """Read the records; nothing is changed.  *devices* stays the caller's to close."""
+        """Read the records.  *devices* stays the caller's to close.
+
+        What a process that was killed has left active of committed snapshots is deactivated.
+        """
         self._parts = devices.parts
         self._graph = self._parts.graph
         self._mounts = self._parts.mounts
@@ -61,6 +64,7 @@ class Snapshots:
         self._keys: KeyedLock[str] = KeyedLock()
         self._root_lock = threading.Lock()
         self._has_root = False
+        self._tidy()
 
     def prepare(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None
@@ -342,6 +346,17 @@ class Snapshots:
                 raise
             self._index.drop(entry)
             raise SnapshotNotFound(entry.snapshot.key) from err
+
+    def _tidy(self) -> None:
+        names = {
+            self._graph.names.device(entry.layer): entry.layer
+            for entry in self._index.entries()
+            if entry.snapshot.kind is Kind.COMMITTED
+        }
+        for device in self._graph.pool.devices():
+            layer = names.get(device.name)
+            if layer is not None and device.open_count == 0:
+                self._let_go(layer)
 
     def _ensure_root(self) -> None:
         with self._root_lock:

@@ -9,7 +9,7 @@ or the engine process.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -21,6 +21,7 @@ from devmapper.engine.port import (
     Activation,
     DeviceInfo,
     EngineFeatures,
+    NbdExport,
     Outcome,
     PoolStatus,
     PoolTable,
@@ -117,7 +118,7 @@ class EmbeddedPoolClient:
                 raise
 
     def deactivate(self, name: str, *, deferred: bool = False) -> Outcome:
-        """Detach the loop device and take the device off the export.
+        """Detach the loop device and take the device off the export, or end its NBD service.
 
         In use: `ThinBusy` with who uses it, or LEAVING if *deferred*.
         """
@@ -129,6 +130,8 @@ class EmbeddedPoolClient:
                 return Outcome.ALREADY
             if entry.state is Activation.SUSPENDED:
                 next_state(name, entry.state, Event.DEACTIVATE)
+            if entry.nbd is not None:
+                return self._end_nbd(name, entry.nbd, deferred=deferred)
             node = attachment.find(self._paths.exported(name))
             if node is not None and not attachment.detach(node, patient=not deferred):
                 if not deferred:
@@ -145,6 +148,9 @@ class EmbeddedPoolClient:
         with runtime.device_lock(self._paths, name):
             if self._ask(Outcome, "cancel_deferred", name=name) is Outcome.ALREADY:
                 return Outcome.ALREADY
+            entry = self._exported(name)
+            if entry is not None and entry.nbd is not None:
+                return Outcome.DONE
             node = attachment.find(self._paths.exported(name))
             if node is not None:
                 with suppress(OSError):  # its last user has just closed it
@@ -173,8 +179,10 @@ class EmbeddedPoolClient:
     def suspended(self, name: str) -> Iterator[None]:
         """Freeze what is mounted from the device, hold and drain its I/O, flush.
 
-        If this process dies meanwhile, the engine process notices and undoes all of it.  A failure
-        to resume is raised even where the body failed too, with the body's error as its context.
+        What a client of NBD has mounted cannot be frozen from here, only its I/O is held: the
+        device is then as a loss of power would leave it.  If this process dies meanwhile, the
+        engine process notices and undoes all of it.  A failure to resume is raised even where the
+        body failed too, with the body's error as its context.
         """
         from devmapper.engine.embedded import freezing
         from devmapper.linux import blockdev
@@ -191,13 +199,14 @@ class EmbeddedPoolClient:
                 return
             if info.state is not Activation.ACTIVE:
                 next_state(name, info.state, Event.SUSPEND)
-            points = freezing.mount_points(info.path)
+            points = [] if info.nbd is not None else freezing.mount_points(info.path)
             connection = stack.enter_context(self._connection())
             announced = [os.fspath(point.path) for point in points]
             _converse(connection, "announce", mount_points=announced)
             stack.callback(_withdraw, connection)
             stack.enter_context(freezing.frozen(points))
-            blockdev.flush(info.path)  # what programs have written to the bare device
+            if info.nbd is None:
+                blockdev.flush(info.path)  # what programs have written to the bare device
             _converse(connection, "suspend", name=name)
             stack.callback(_converse, connection, "resume")
             yield
@@ -211,7 +220,41 @@ class EmbeddedPoolClient:
         info = self.info(name)
         if info is None:
             raise OSError(errno.ENXIO, "device is not active", name)
+        if info.nbd is not None:
+            raise _served(name, info.nbd)
         blockdev.discard(info.path)
+
+    def serve_nbd(
+        self, name: str, thin_id: ThinId, size: Bytes, socket: Path | None, *, read_only: bool
+    ) -> NbdExport:
+        """Serve the device on a unix socket of mode 0600, without a file or a loop device."""
+        from devmapper.engine.embedded import attachment, nbd_socket
+
+        runtime.check_name(name, "device")
+        path = nbd_socket.check_path(socket or nbd_socket.default_path(self._paths, thin_id))
+        with runtime.device_lock(self._paths, name):
+            entry = self._exported(name)
+            if entry is not None and entry.nbd is not None:
+                same_place = socket is None or path == entry.nbd.socket
+                same = same_place and entry.nbd.read_only == read_only
+                if not same or entry.state is Activation.LEAVING:
+                    raise _served(name, entry.nbd)
+                return entry.nbd
+            if entry is not None:
+                node = attachment.find(self._paths.exported(name))
+                if node is not None:
+                    raise ThinBusy(name, (f"its block device {node}",))
+                self._ask(Outcome, "deactivate", name=name)  # left by an activation that died
+            with nbd_socket.listening(path) as listener, self._connection() as connection:
+                args = {
+                    "name": name,
+                    "thin_id": thin_id,
+                    "size": size,
+                    "socket": path,
+                    "read_only": read_only,
+                }
+                value = _converse_with(connection, listener.fileno(), "serve_nbd", args)
+                return protocol.unpack(NbdExport, value)
 
     def stop(self) -> None:
         """Deactivate what nobody uses and end the engine process; called with the start lock held.
@@ -220,6 +263,8 @@ class EmbeddedPoolClient:
         """
         identity = runtime.read_pid(self._paths)
         for device in self.devices():
+            if device.nbd is not None and device.nbd.clients:
+                raise ThinBusy(device.name, device.nbd.clients)
             if device.open_count:
                 raise _busy(device.name, device.path)
         for entry in self._all_exported():
@@ -239,6 +284,15 @@ class EmbeddedPoolClient:
             self._ask(Outcome, "deactivate", name=name)
         return outcome
 
+    def _end_nbd(self, name: str, nbd: NbdExport, *, deferred: bool) -> Outcome:
+        from devmapper.engine.embedded import nbd_socket
+
+        if deferred and nbd.clients:
+            return self._ask(Outcome, "defer", name=name)
+        outcome = self._ask(Outcome, "deactivate", name=name)
+        nbd_socket.remove(nbd.socket)
+        return outcome
+
     def _exported(self, name: str) -> ExportedDevice | None:
         return next((entry for entry in self._all_exported() if entry.name == name), None)
 
@@ -246,6 +300,12 @@ class EmbeddedPoolClient:
         return self._ask(list[ExportedDevice], "devices")
 
     def _info(self, entry: ExportedDevice, survey: "Survey") -> DeviceInfo | None:
+        if entry.nbd is not None:
+            users = len(entry.nbd.clients)
+            where = entry.nbd.socket
+            return DeviceInfo(
+                entry.name, entry.thin_id, entry.size, where, entry.state, users, entry.nbd
+            )
         node = survey.find(self._paths.exported(entry.name))
         if node is None:
             if entry.state is Activation.LEAVING:
@@ -355,13 +415,20 @@ class EmbeddedEngine:
 
 def _converse(connection: socket.socket, op: str, **args: object) -> object:
     """One request and its reply; an error of the engine process is raised here."""
+    return _converse_with(connection, None, op, args)
+
+
+def _converse_with(
+    connection: socket.socket, descriptor: int | None, op: str, args: Mapping[str, object]
+) -> object:
+    """The same, with a descriptor that goes along."""
     request = {
         "version": protocol.VERSION,
         "op": op,
         "args": {key: protocol.pack(value) for key, value in args.items()},
     }
     try:
-        protocol.send(connection, request)
+        protocol.send(connection, request, descriptor=descriptor)
         reply = protocol.receive(connection)
     except TimeoutError as err:
         raise EngineError(f"engine process does not answer {op!r}") from err
@@ -376,6 +443,10 @@ def _withdraw(connection: socket.socket) -> None:
     # Where the engine process is gone, nobody is left who would thaw what we have thawed
     with suppress(EngineError):
         _converse(connection, "withdraw")
+
+
+def _served(name: str, nbd: NbdExport) -> ThinBusy:
+    return ThinBusy(name, nbd.clients or (f"its NBD socket {str(nbd.socket)!r}",))
 
 
 def _busy(name: str, node: Path) -> ThinBusy:

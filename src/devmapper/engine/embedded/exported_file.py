@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from typing import Final, NamedTuple
 
+from devmapper.engine.embedded.sectors import Sectors
 from devmapper.engine.embedded.target import BlockTarget
 from devmapper.linux.fuse import FallocateMode, Opcode
 from devmapper.units import SECTOR_SIZE
@@ -47,35 +48,25 @@ class ExportedFile:
         self.stalled = False
         self._waiting: deque[Request] = deque()
         self._lock = threading.Lock()
-        self._edges = threading.Lock()
+        self._sectors = Sectors(target)
         self._reported: set[type[Exception]] = set()
 
     def read_slowly(self, offset: int, view: memoryview) -> int:
         """Read what is not aligned to sectors or passes the end; how much of *view* is filled."""
         length = max(0, min(len(view), self.size - offset))
         if length:
-            start, end = _whole_sectors(offset, length)
-            sectors = memoryview(bytearray(end - start))
-            self.target.read(start, sectors)
-            view[:length] = sectors[offset - start : offset - start + length]
+            self._sectors.read(offset, view[:length])
         return length
 
     def write_slowly(self, offset: int, view: memoryview) -> None:
         """Write what is not aligned to sectors.
 
         No loop device asks for this.  A program that writes the file itself does, even with large
-        and round writes: FUSE splits them by pages of its memory.  Neighbours then share a sector
-        and arrive at once, hence the lock.
+        and round writes: FUSE splits them by pages of its memory.
         """
         if offset + len(view) > self.size:
             raise OSError(errno.ENOSPC, "write beyond the end of the device", self.name)
-        start, end = _whole_sectors(offset, len(view))
-        sectors = memoryview(bytearray(end - start))
-        with self._edges:
-            self.target.read(start, sectors[:SECTOR_SIZE])
-            self.target.read(end - SECTOR_SIZE, sectors[-SECTOR_SIZE:])
-            sectors[offset - start : offset - start + len(view)] = view
-            self.target.write(start, sectors)
+        self._sectors.write(offset, view)
 
     def fallocate(self, offset: int, length: int, mode: int) -> None:
         """Punching a hole is a discard, zeroing a range is write-zeroes; there is nothing else."""
@@ -124,8 +115,3 @@ class ExportedFile:
             return
         self._reported.add(kind)
         log.error("unexpected exception in device %s", self.name, exc_info=error)
-
-
-def _whole_sectors(offset: int, length: int) -> tuple[int, int]:
-    start = offset // SECTOR_SIZE * SECTOR_SIZE
-    return start, -(-(offset + length) // SECTOR_SIZE) * SECTOR_SIZE

@@ -1,8 +1,11 @@
 """The port's operations as the engine process answers them: one table, checked arguments."""
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from socket import AF_UNIX, SO_ACCEPTCONN, SOL_SOCKET
+from socket import socket as Socket  # noqa: N812 - a class; `socket` is an argument here
 from typing import Any, Final, get_type_hints
 
 from devmapper.engine.embedded import protocol
@@ -10,7 +13,7 @@ from devmapper.engine.embedded.exports import Exports
 from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.embedded.runtime import Paths, check_name
-from devmapper.engine.port import Outcome, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.port import NbdExport, Outcome, PoolStatus, PoolTable, ThinStatus
 from devmapper.errors import EngineError
 from devmapper.units import Bytes, ThinId, TransactionId, thin_id
 
@@ -26,8 +29,15 @@ class Operations:
         self._exports = exports
         self._paths = paths
 
-    def call(self, op: str, args: Mapping[str, Any]) -> object:
-        """Answer *op*; `EngineError` if there is none such or the arguments are not its own."""
+    def call(self, op: str, args: Mapping[str, Any], descriptor: int | None = None) -> object:
+        """Answer *op*; `EngineError` if there is none such or the arguments are not its own.
+
+        *descriptor* came with the request; it is the caller's.
+        """
+        if (descriptor is not None) != (op == "serve_nbd") or "listener" in args:
+            raise EngineError(f"operation {op!r} came with a descriptor, or without one")
+        if descriptor is not None:
+            args = {**args, "listener": descriptor}
         method: Callable[..., object] | None = getattr(self, op, None) if op in OPS else None
         if method is None:
             raise EngineError(f"engine process knows no operation {op!r}")
@@ -89,6 +99,25 @@ class Operations:
     def defer(self, name: str) -> Outcome:
         return self._exports.defer(name)
 
+    def serve_nbd(
+        self,
+        name: str,
+        thin_id: ThinId,
+        size: Bytes,
+        socket: Path,
+        read_only: bool,  # noqa: FBT001 - by name, as all of them
+        listener: int,
+    ) -> NbdExport:
+        """Serve on *listener*, a unix socket that listens under the name *socket*."""
+        return self._exports.serve_nbd(
+            check_name(name, "device"),
+            _id(thin_id),
+            size,
+            _listening(listener),
+            socket,
+            read_only=read_only,
+        )
+
     def cancel_deferred(self, name: str) -> Outcome:
         return self._exports.cancel_deferred(name)
 
@@ -97,6 +126,16 @@ class Operations:
 
 
 OPS: Final = frozenset(name for name in vars(Operations) if name[0] != "_") - {"call"}
+
+
+def _listening(descriptor: int) -> Socket:
+    """A socket of our own out of the descriptor that came with a request."""
+    listener = Socket(fileno=os.dup(descriptor))
+    if listener.family != AF_UNIX or not listener.getsockopt(SOL_SOCKET, SO_ACCEPTCONN):
+        listener.close()
+        raise EngineError("the descriptor that came along is no listening unix socket")
+    listener.settimeout(None)
+    return listener
 
 
 def _id(value: ThinId) -> ThinId:

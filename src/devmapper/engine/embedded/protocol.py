@@ -15,7 +15,8 @@ import os
 import socket
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from struct import Struct
@@ -28,6 +29,7 @@ VERSION: Final = 1
 MESSAGE_LIMIT: Final = 64 * 1024 * 1024
 _LENGTH: Final = Struct(">I")
 _PIECE: Final = 1 << 20
+_ENDED: Final = "the connection to the engine process has ended"
 
 T = TypeVar("T")
 
@@ -36,17 +38,42 @@ class Disconnected(EngineError):
     """The other side closed the connection where a message was expected."""
 
 
-def send(connection: socket.socket, message: Mapping[str, object]) -> None:
-    """Send one message."""
+def send(
+    connection: socket.socket, message: Mapping[str, object], *, descriptor: int | None = None
+) -> None:
+    """Send one message, and a descriptor with it, which the receiver gets a copy of."""
     body = json.dumps(message, separators=(",", ":")).encode("ascii")
     if len(body) > MESSAGE_LIMIT:
         raise EngineError(f"a message of {len(body)} bytes is longer than {MESSAGE_LIMIT}")
-    connection.sendall(_LENGTH.pack(len(body)) + body)
+    head = _LENGTH.pack(len(body))
+    if descriptor is not None:
+        sent = socket.send_fds(connection, [head], [descriptor])
+        head = head[sent:]
+    connection.sendall(head + body)
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
     """Receive one message; `Disconnected` if the other side has gone."""
-    (length,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size))
+    return _receive_body(connection, _receive_exactly(connection, _LENGTH.size))
+
+
+@contextmanager
+def received(connection: socket.socket) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """As `receive`, with the descriptor that came along, which is closed afterwards."""
+    flags = socket.MSG_CMSG_CLOEXEC
+    head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1, flags)
+    try:
+        if not head:
+            raise Disconnected(_ENDED)
+        head += _receive_exactly(connection, _LENGTH.size - len(head))
+        yield _receive_body(connection, head), descriptors[0] if descriptors else None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _receive_body(connection: socket.socket, head: bytes) -> dict[str, Any]:
+    (length,) = _LENGTH.unpack(head)
     if length > MESSAGE_LIMIT:
         raise EngineError(f"a message of {length} bytes is longer than {MESSAGE_LIMIT}")
     return parse(_receive_exactly(connection, length))
@@ -173,11 +200,13 @@ def _unpack_attribute(value: object) -> object:
 def _unpack_fields(kind: Any, value: object) -> Any:  # noqa: ANN401 - the border to JSON
     _checked(isinstance(value, dict), kind, value)
     fields = typing.cast("dict[str, object]", value)
-    missing = [name for name in kind._fields if name not in fields]
+    # A field with a default is one that an older version at the other end does not know
+    missing = [name for name in kind._fields if name not in {**kind._field_defaults, **fields}]
     if missing:
         raise EngineError(f"{kind.__name__} on the control socket lacks {', '.join(missing)}")
     hints = _field_types(kind)
-    return kind(**{name: _unpack(hints[name], fields[name]) for name in kind._fields})
+    known = [name for name in kind._fields if name in fields]
+    return kind(**{name: _unpack(hints[name], fields[name]) for name in known})
 
 
 @functools.cache
@@ -210,6 +239,6 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes:
     while len(data) < length:
         piece = connection.recv(min(length - len(data), _PIECE))
         if not piece:
-            raise Disconnected("the connection to the engine process has ended")
+            raise Disconnected(_ENDED)
         data += piece
     return bytes(data)

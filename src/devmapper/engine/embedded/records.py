@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from devmapper.engine.port import Activation
+from devmapper.engine.port import Activation, NbdExport
 from devmapper.units import Bytes, ThinId
 
 
@@ -14,3 +14,4 @@ class ExportedDevice(NamedTuple):
     size: Bytes
     state: Activation
     open_count: int  # of the file on the export: its loop device, as a rule
+    nbd: NbdExport | None = None  # served over NBD, and no file on the export

@@ -118,8 +118,9 @@ class Server:
         try:
             with connection:
                 while True:
-                    request = protocol.receive(connection)
-                    protocol.send(connection, self._answer(session, request))
+                    with protocol.received(connection) as (request, descriptor):
+                        answer = self._answer(session, request, descriptor)
+                    protocol.send(connection, answer)
                     if self._closed:
                         self._end()
         except (protocol.Disconnected, OSError):
@@ -129,7 +130,9 @@ class Server:
         finally:
             session.close()
 
-    def _answer(self, session: SuspensionSession, request: Mapping[str, Any]) -> dict[str, object]:
+    def _answer(
+        self, session: SuspensionSession, request: Mapping[str, Any], descriptor: int | None
+    ) -> dict[str, object]:
         try:
             if request.get("version") != protocol.VERSION:
                 raise EngineError(
@@ -146,7 +149,7 @@ class Server:
             if op in session.OPS:
                 session.call(op, args)
                 return {"value": None}
-            return {"value": protocol.pack(self._call(op, args))}
+            return {"value": protocol.pack(self._call(op, args, descriptor))}
         except (DevmapperError, OSError) as err:
             log.debug("%s: %s", request.get("op"), err)
             return {"error": protocol.pack_error(err)}
@@ -154,10 +157,10 @@ class Server:
             log.exception("defect while answering %s", request.get("op"))
             return {"error": protocol.pack_error(err)}
 
-    def _call(self, op: str, args: dict[str, Any]) -> object:
-        if self._closed or (self._tearing_down and op == "activate"):
+    def _call(self, op: str, args: dict[str, Any], descriptor: int | None) -> object:
+        if self._closed or (self._tearing_down and op in ("activate", "serve_nbd")):
             raise EngineError("engine process is stopping")
-        return self._operations.call(op, args)
+        return self._operations.call(op, args, descriptor)
 
     def _stop(self, *, force: bool = False) -> None:
         """Close the export, then the pool: commits, and nothing of ours is left in the kernel."""

@@ -36,6 +36,8 @@ def take_down(pool: EmbeddedPoolClient, *, force: bool) -> list[str]:
 
 
 def _unmount(device: DeviceInfo, *, force: bool) -> None:
+    if device.nbd is not None:
+        return  # whoever has mounted it is at the other end of a socket
     for point in reversed(freezing.mount_points(device.path)):
         if not point.own:
             continue

@@ -31,6 +31,7 @@ from devmapper.engine.kernel.tableline import THIN
 from devmapper.engine.port import (
     Activation,
     DeviceInfo,
+    NbdExport,
     Outcome,
     PoolMode,
     PoolStatus,
@@ -38,6 +39,7 @@ from devmapper.engine.port import (
     ThinStatus,
 )
 from devmapper.errors import (
+    EnvironmentLacking,
     PoolMismatch,
     ThinBusy,
     ThinIdMissing,
@@ -250,6 +252,15 @@ class KernelPool:
         if info is None:
             raise OSError(errno.ENXIO, "device is not active", name)
         blockdev.discard(info.path)
+
+    def serve_nbd(
+        self, name: str, thin_id: ThinId, size: Bytes, socket: Path | None, *, read_only: bool
+    ) -> NbdExport:
+        """`EnvironmentLacking`: there is no process of ours that could serve it, nor a need."""
+        raise EnvironmentLacking(
+            "the kernel engine serves no NBD: a layer has a block device there",
+            hint="devmapper activate prints its path, which a virtual machine takes as it is",
+        )
 
     # How
 
