@@ -43,6 +43,9 @@ def serve(config: Config) -> None:
     `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
     and the lock are gone then.
     """
+    from devmapper.server.observer import Observer
+    from devmapper.server.watch import watching
+
     notifier = Notifier()
     _raise_file_limit()
     os.chdir("/")
@@ -53,8 +56,11 @@ def serve(config: Config) -> None:
         driver = stack.enter_context(_opened(config))
         requests = stack.enter_context(EndRequests())
         snapshots = _snapshots(driver)
-        ground = Ground(driver, snapshots, operations, control)
+        observer = Observer(driver, snapshots)
+        stack.callback(observer.stop)
+        ground = Ground(driver, snapshots, operations, control, observer)
         services = _started(plans, ground)
+        watch = stack.enter_context(watching(config, observer, operations))
         what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
         log.info("%s", what)
         notifier.ready(what)
@@ -64,6 +70,7 @@ def serve(config: Config) -> None:
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
+        watch.stop()  # before what it looks at is let go
         if snapshots is not None:
             snapshots.close()
         if config.on_stop is OnStop.RELEASE:
