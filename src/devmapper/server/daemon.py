@@ -43,19 +43,16 @@ def serve(config: Config) -> None:
     `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
     and the lock are gone then.
     """
-    from devmapper.snapshots import Snapshots
-
     notifier = Notifier()
     _raise_file_limit()
     os.chdir("/")
     with ExitStack() as stack:
         plans = stack.enter_context(_taken(config))
         notifier.status(f"opening {config.root}")
-        operations = Operations()
         driver = stack.enter_context(_opened(config))
         requests = stack.enter_context(EndRequests())
-        snapshots = stack.enter_context(closing(Snapshots(driver.devices)))
-        services = _started(plans, Ground(driver, snapshots, operations))
+        upper = stack.enter_context(ExitStack())  # what has to end before the pool is let go
+        services = _started(plans, _ground(config, driver, upper))
         what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
         log.info("%s", what)
         notifier.ready(what)
@@ -65,7 +62,7 @@ def serve(config: Config) -> None:
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
-        snapshots.close()  # before what it stands on is let go
+        upper.close()
         if config.on_stop is OnStop.RELEASE:
             notifier.stopping("letting go of the pool")
             driver.cleanup()
@@ -101,6 +98,29 @@ def _opened(config: Config) -> "Iterator[Driver]":
         yield driver
     finally:
         driver.close()
+
+
+def _ground(config: Config, driver: "Driver", upper: ExitStack) -> Ground:
+    """What the services share, from the snapshots to the watch; *upper* ends it."""
+    from devmapper.server.conditions import Thresholds
+    from devmapper.server.observer import Observer
+    from devmapper.server.watch import PoolWatch
+    from devmapper.snapshots import Snapshots
+
+    operations = Operations()
+    snapshots = upper.enter_context(closing(Snapshots(driver.devices)))
+    observer = Observer(driver, snapshots)
+    upper.callback(observer.stop)
+    if config.watch_enabled:
+        watch = PoolWatch(
+            observer,
+            operations,
+            interval=config.watch_interval,
+            thresholds=Thresholds(config.watch_data_low_water, config.watch_metadata_low_water),
+        )
+        upper.callback(watch.stop)
+        watch.start()
+    return Ground(driver, snapshots, operations, observer, config)
 
 
 def _started(plans: Sequence[Plan], ground: Ground) -> list[Service]:

@@ -12,6 +12,7 @@ from devmapper.server.service import Service
 
 if TYPE_CHECKING:
     from devmapper.driver import Driver
+    from devmapper.server.observer import Observer
     from devmapper.server.operations import Operations
     from devmapper.snapshots import Snapshots
 
@@ -22,6 +23,8 @@ class Ground(NamedTuple):
     driver: "Driver"
     snapshots: "Snapshots"
     operations: "Operations"
+    observer: "Observer"
+    config: Config
 
 
 class Plan(NamedTuple):
@@ -37,7 +40,6 @@ class Plan(NamedTuple):
 
 _PLACES: Final = {
     "control": "devmapper.server.control.service:ControlService",
-    "metrics": "devmapper.server.metrics.service:MetricsService",
 }
 
 
@@ -91,5 +93,14 @@ def _containerd(ground: Ground, socket: Path) -> Service:
 
 
 def _metrics(ground: Ground, address: Address) -> Service:
-    made: Service = imported("metrics")(ground.driver, ground.snapshots, ground.operations, address)
-    return made
+    from devmapper.server.metrics.service import MetricsService
+
+    return MetricsService(
+        ground.driver,
+        ground.snapshots,
+        ground.operations,
+        address,
+        observer=ground.observer,
+        max_layers=ground.config.metrics_max_layers,
+        layers_interval=ground.config.metrics_layers_interval,
+    )
