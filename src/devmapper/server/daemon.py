@@ -144,16 +144,16 @@ def _stop(
 
     Each is given *seconds*, until a second signal takes them back.
     """
-    threads = _stopping(services, seconds, requests)
+    ended = _stopping(services, seconds, requests)
     deadline = time.monotonic() + seconds + _BREAK_OFF_SECONDS
     watchdog = notifier.watchdog_seconds
-    while any(thread.is_alive() for thread in threads):
+    while not all(event.is_set() for event in ended):
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         if requests.wait(min(left, watchdog / 2) if watchdog else left) is not None:
             log.warning("told to end again: requests under way are broken off")
-            threads += _stopping(services, 0.0, requests)
+            ended += _stopping(services, 0.0, requests)
             deadline = time.monotonic() + _BREAK_OFF_SECONDS
         notifier.alive()
     return True
@@ -161,21 +161,25 @@ def _stop(
 
 def _stopping(
     services: Sequence[Service], seconds: float, requests: EndRequests
-) -> list[threading.Thread]:
-    def stop(service: Service) -> None:
+) -> list[threading.Event]:
+    """An event for each service, set before *requests* wakes: a thread would live on a moment."""
+
+    def stop(service: Service, ended: threading.Event) -> None:
         try:
             service.stop(seconds)
         except Exception:
             log.exception("the %s service did not stop", service.name)
+        ended.set()
         requests.wake()
 
-    threads = [
-        threading.Thread(target=stop, args=(service,), name=f"stop {service.name}", daemon=True)
-        for service in services
-    ]
-    for thread in threads:
-        thread.start()
-    return threads
+    events = []
+    for service in services:
+        ended = threading.Event()
+        threading.Thread(
+            target=stop, args=(service, ended), name=f"stop {service.name}", daemon=True
+        ).start()
+        events.append(ended)
+    return events
 
 
 def _workers_are_left() -> bool:
