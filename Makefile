@@ -13,7 +13,7 @@ help: ## this list
 
 setup: $(STAMP) ## Debian packages (as root), virtual environment, the package itself
 
-$(STAMP): pyproject.toml tools/setup.sh
+$(STAMP): pyproject.toml setup.py tools/setup.sh $(wildcard src/devmapper/server/containerd/api/*.proto)
 	@tools/setup.sh $(VENV)
 	@touch $@
 

@@ -74,9 +74,9 @@ def docker() -> str:
     for tool, package in packages.items():
         if shutil.which(tool, path=path) is None:
             return f"{tool} is not installed (Debian: {package})"
-    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
-        return "/sys/fs/cgroup is no cgroup version 2"
-    return ""
+    from tests.support import cgroup
+
+    return "" if cgroup.MOUNT else "no cgroup version 2 below /sys/fs/cgroup"
 
 
 @functools.cache

@@ -112,6 +112,18 @@ class LayerMounts:
                 return {}
             return dict(self._users.of(layer))
 
+    def used_by(self, user: str) -> list[LayerId]:
+        """The layers that *user* has mounted."""
+        return [layer for layer in self._users.layers_of(user) if self.users(layer).get(user)]
+
+    def count_once(self, layer: LayerId, user: str) -> None:
+        """However often *user* was counted, once it is from now on."""
+        with self.hold(layer):
+            users = self._users.of(layer)
+            if users[user] > 1:
+                users[user] = 1
+                self._users.set(layer, users)
+
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         return self._place(layer, self.info(layer))

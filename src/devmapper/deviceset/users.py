@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from devmapper.deviceset.names import LayerId, file_name
+from devmapper.deviceset.names import LayerId, file_name, layer_of_file
 
 SOMEBODY: Final = ""  # who has no name: a user in this process, or whoever mounted it before
 _MODE: Final = 0o600
@@ -51,6 +51,15 @@ class Users:
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
         self._known.clear()
+
+    def layers_of(self, user: str) -> list[LayerId]:
+        """The layers that *user*, who has a name, is remembered for; not all may be mounted."""
+        try:
+            names = sorted(os.listdir(self._directory))
+        except FileNotFoundError:
+            return []
+        layers = [layer_of_file(name) for name in names if not name.startswith(".")]
+        return [layer for layer in layers if self._named(layer).get(user)]
 
     def _named(self, layer: LayerId) -> Counter[str]:
         known = self._known.get(layer)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fcntl import F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
+from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
@@ -154,13 +154,15 @@ class FileLock:
 
     The lock goes with the descriptor: two `FileLock`s of one process exclude each other, and the
     kernel lets go of it when the holder dies.  The file is never removed.  The one who takes the
-    lock writes its process id and command into the file, so that others can name it.
+    lock writes its process id and command into the file, so that others can name it, and on a
+    second line what else others should know of it, its note.
 
     A `FileLock` belongs to one thread at a time.  Waiting sleeps: take no other lock before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, note: str = "") -> None:
         self.path = path
+        self._note = note
         self._fd: int | None = None
 
     @property
@@ -175,7 +177,7 @@ class FileLock:
         try:
             _wait_for_lock(fd, F_RDLCK if shared else F_WRLCK, timeout, self.path)
             if not shared:
-                _write_holder(fd)
+                _write_holder(fd, self._note)
         except BaseException:
             os.close(fd)
             raise
@@ -197,12 +199,28 @@ class FileLock:
 
         Text for people: by the time it is read the holder may be another one.
         """
+        return self._line(0) or "another process"
+
+    def note(self) -> str | None:
+        """The note of whoever holds the lock exclusively now; None if nobody does.
+
+        The lock is not taken for that, so it is in nobody's way.
+        """
         try:
             with open(self.path, "rb") as file:
-                text = file.read(_HOLDER_LIMIT).decode(errors="replace")
+                request = _FLOCK.pack(F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                kind = _FLOCK.unpack(fcntl(file, F_OFD_GETLK, request))[0]
+        except FileNotFoundError:
+            return None
+        return None if kind == F_UNLCK else self._line(1)
+
+    def _line(self, number: int) -> str:
+        try:
+            with open(self.path, "rb") as file:
+                lines = file.read(2 * _HOLDER_LIMIT).decode(errors="surrogateescape").split("\n")
         except OSError:
-            text = ""
-        return text.strip() or "another process"
+            return ""
+        return lines[number].strip() if number < len(lines) else ""
 
     def __enter__(self) -> Self:
         if self._fd is None:
@@ -252,8 +270,10 @@ def _wait_for_lock(fd: int, kind: int, timeout: float, path: Path) -> None:
         time.sleep(min(_LOCK_POLL_SECONDS, left))
 
 
-def _write_holder(fd: int) -> None:
+def _write_holder(fd: int, note: str) -> None:
     text = _own_name(os.getpid())
+    if note:
+        text += os.fsencode(note) + b"\n"
     # Mostly it was this process as well that had the lock last
     if os.pread(fd, len(text) + 1, 0) == text:
         return
@@ -269,5 +289,6 @@ def _own_name(pid: int) -> bytes:
             words = file.read().rstrip(b"\0").split(b"\0")
     except OSError:
         words = []
-    command = shlex.join(word.decode(errors="replace") for word in words)
-    return f"process {pid} ({command})\n".encode()[:_HOLDER_LIMIT]
+    command = shlex.join(word.decode(errors="replace") for word in words).replace("\n", "\\n")
+    name = f"process {pid} ({command})".encode()
+    return name[: _HOLDER_LIMIT - 1] + b"\n"

@@ -36,14 +36,32 @@ def holders(device: Path) -> list[str]:
     within = _Within(device, points)
     found += [f"loop device {str(node)!r} on {name!r}" for node, name in _loop_devices(within)]
     found += [f"swap on {name!r}" for name in _swaps(within)]
+    for uses in _uses_by_processes(number):
+        found += uses
+        if len(found) >= _MAX_HOLDERS:
+            break
+    return found[:_MAX_HOLDERS]
+
+
+def used_by_processes(device: Path) -> bool:
+    """Whether a process uses files of *device*, or has it mounted in another mount namespace.
+
+    True as well where that cannot be told in time.  `OSError` for what is no device.
+    """
+    number = device_number(device)
+    deadline = time.monotonic() + _MAX_SECONDS
+    return any(_uses_by_processes(number)) or time.monotonic() > deadline
+
+
+def _uses_by_processes(number: DeviceNumber) -> Iterator[list[str]]:
+    """What each process uses of the device, until the time is up."""
     deadline = time.monotonic() + _MAX_SECONDS
     seen_namespaces = {_link(Path("/proc/self/ns/mnt"))}
     for process in _processes():
-        if len(found) >= _MAX_HOLDERS or time.monotonic() > deadline:
-            break
+        if time.monotonic() > deadline:
+            return
         with suppress(OSError):
-            found += _uses_of(process, number, seen_namespaces)
-    return found[:_MAX_HOLDERS]
+            yield _uses_of(process, number, seen_namespaces)
 
 
 class _Within:

@@ -10,36 +10,44 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
 from devmapper.server import sockets
+from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
+
+__all__ = ["HttpService", "TcpAddress"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
-_FOREVER_SECONDS: Final = 86_400.0  # `stop` says how long
-
-
-class TcpAddress(NamedTuple):
-    host: str
-    port: int  # 0: any that is free
+KEEP_ALIVE_SECONDS: Final = 75.0
+FOREVER_SECONDS: Final = 30 * 86_400.0
 
 
 class HttpService:
     """One application on one address; a subclass or caller gives it its routes."""
 
     def __init__(
-        self, name: str, address: Path | TcpAddress, application: Callable[[], web.Application]
+        self,
+        name: str,
+        address: Path | TcpAddress,
+        application: Callable[[], web.Application],
+        *,
+        keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """*application* is called in the event loop's thread, once, by `start`."""
+        """*application* is called in the event loop's thread, once, by `start`.
+
+        Connections that are idle for *keep_alive* seconds are closed.
+        """
         self._name = name
         self._address = address
         self._make = application
@@ -47,7 +55,9 @@ class HttpService:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
+        self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
         self.port = 0  # of a TCP address, once it listens
 
@@ -75,9 +85,11 @@ class HttpService:
         thread, loop, stop = self._thread, self._loop, self._stop
         if thread is None:
             return
-        self._grace = seconds
+        self._grace = min(self._grace, seconds) if self._deadline else seconds
         if loop is not None and stop is not None and thread.is_alive():
-            loop.call_soon_threadsafe(stop.set)
+            with suppress(RuntimeError):  # the loop has ended just now
+                loop.call_soon_threadsafe(stop.set)
+                loop.call_soon_threadsafe(self._shorten)
         thread.join()
         self._thread = None
         if self._workers is not None:
@@ -90,6 +102,15 @@ class HttpService:
         assert self._workers is not None  # noqa: S101 - handlers run between start and stop
         bound = functools.partial(call, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
+
+    def _shorten(self) -> None:
+        """Give requests under way less time: it was told to stop again, with fewer seconds."""
+        if self._deadline is None:
+            return
+        when = asyncio.get_running_loop().time() + self._grace
+        before = self._deadline.when()
+        if before is not None and when < before:
+            self._deadline.reschedule(when)
 
     def _listen(self) -> socket.socket:
         if isinstance(self._address, Path):
@@ -117,7 +138,11 @@ class HttpService:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         runner = web.AppRunner(
-            self._make(), access_log=None, handle_signals=False, shutdown_timeout=_FOREVER_SECONDS
+            self._make(),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=FOREVER_SECONDS,
+            keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
         try:
@@ -127,7 +152,7 @@ class HttpService:
         finally:
             # Idle connections are closed at once, requests under way are given the time
             try:
-                async with asyncio.timeout(self._grace):
+                async with asyncio.timeout(self._grace) as self._deadline:
                     await runner.cleanup()
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)

@@ -56,3 +56,9 @@ class Operations:
         finally:
             self._durations.labels(front_end, operation).observe(time.perf_counter() - begin)
             under_way.dec()
+
+    @property
+    def under_way(self) -> int:
+        """How many requests have begun and not ended."""
+        samples = (sample for metric in self._under_way.collect() for sample in metric.samples)
+        return int(sum(sample.value for sample in samples))

@@ -1,0 +1,1 @@
+"""containerd's Snapshots service: our snapshots behind gRPC, for its proxy plugin."""

@@ -1,0 +1,1 @@
+"""containerd's messages: `setup.py` makes the modules from the .proto files beside them."""

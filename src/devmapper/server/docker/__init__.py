@@ -1,0 +1,1 @@
+"""Docker's graphdriver plugin: the graph driver over HTTP on a unix socket."""
