@@ -16,7 +16,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
-from devmapper.server import sockets
+from devmapper.server import closing, sockets
 from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
@@ -56,6 +56,7 @@ class HttpService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._keep_alive = keep_alive
+        self._ending = False
         self._grace = STOP_SECONDS
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
@@ -67,6 +68,7 @@ class HttpService:
 
     def start(self) -> None:
         """See `Service.start`."""
+        self._ending = False
         listener = self._listen()
         ready: threading.Event = threading.Event()
         failures: list[BaseException] = []
@@ -137,8 +139,10 @@ class HttpService:
     async def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        application = self._make()
+        application.on_response_prepare.append(self._on_response)
         runner = web.AppRunner(
-            self._make(),
+            application,
             access_log=None,
             handle_signals=False,
             shutdown_timeout=FOREVER_SECONDS,
@@ -150,9 +154,26 @@ class HttpService:
             ready.set()
             await self._stop.wait()
         finally:
-            # Idle connections are closed at once, requests under way are given the time
-            try:
-                async with asyncio.timeout(self._grace) as self._deadline:
-                    await runner.cleanup()
-            except TimeoutError:
-                log.warning("the %s service: requests under way were broken off", self._name)
+            await self._end(runner, listener)
+
+    async def _end(self, runner: web.AppRunner, listener: socket.socket) -> None:
+        """Idle connections are closed at once, requests that came are given the time."""
+        self._ending = True
+        if isinstance(self._address, Path):
+            sockets.remove(self._address, self._own)
+        closer = None
+        try:
+            async with asyncio.timeout(self._grace) as self._deadline:
+                if runner.server is not None:
+                    await closing.quieten(runner.server, listener)
+                    closer = asyncio.create_task(closing.close_idle_again(runner.server))
+                await runner.cleanup()
+        except TimeoutError:
+            log.warning("the %s service: requests under way were broken off", self._name)
+        finally:
+            if closer is not None:
+                closer.cancel()
+
+    async def _on_response(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._ending:
+            await closing.say_farewell(request, response)
