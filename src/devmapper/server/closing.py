@@ -2,7 +2,7 @@
 
 A client that keeps its connection may send a request in the moment in which we close it.  It
 cannot know what became of it: Docker's then sends it again without its body.  So at the end the
-connections are looked into; one that holds a request is answered, and told that it was the last.
+connections are looked into; one that holds a request is answered, and closed then.
 """
 
 import array
@@ -11,6 +11,7 @@ import fcntl
 import select
 import socket
 import termios
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Final
 
@@ -18,39 +19,34 @@ from aiohttp import web
 
 _QUIET_SECONDS: Final = 0.5  # at most, that we wait for clients which send and send
 _LOOK_SECONDS: Final = 0.001
-_AGAIN_SECONDS: Final = 0.1
 
 
-async def say_farewell(_request: web.Request, response: web.StreamResponse) -> None:
-    """What an application that ends does with each response: no other request may follow it."""
-    response.force_close()
-    response.headers["Connection"] = "close"
+async def quieten(
+    server: web.Server, listener: socket.socket | None, under_way: Collection[object]
+) -> None:
+    """Let what clients have sent begin, then close the connections without a request.
 
-
-async def quieten(server: web.Server, listener: socket.socket) -> None:
-    """Let what clients have sent be read, then close all connections on which nothing happens.
-
-    Nobody can connect any more, but for those who have done so and were not accepted yet.
+    *under_way* are the connections that have one now.  Nobody can connect to *listener* any more,
+    but those are accepted who have done so.
     """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _QUIET_SECONDS
-    while _is_waiting(listener) or any(map(_has_unread, server.connections)):
-        if loop.time() > deadline:  # a body that is longer than our buffers, or a busy client
+    deadline = asyncio.get_running_loop().time() + _QUIET_SECONDS
+    quiet = 0
+    while quiet < 2:  # what had been read at the first look has begun by the second
+        if asyncio.get_running_loop().time() > deadline:
             break
-        await asyncio.sleep(_LOOK_SECONDS)
-    server.pre_shutdown()
+        idle = [each for each in server.connections if each not in under_way]
+        is_quiet = not _is_waiting(listener) and not any(map(_has_unread, idle))
+        quiet = quiet + 1 if is_quiet else 0
+        if quiet < 2:
+            await asyncio.sleep(_LOOK_SECONDS)
+    for connection in server.connections:
+        if connection not in under_way:
+            connection.close()
 
 
-async def close_idle_again(server: web.Server) -> None:
-    """Close connections that became idle, or were made, after the others; never ends."""
-    while True:
-        await asyncio.sleep(_AGAIN_SECONDS)
-        server.pre_shutdown()
-
-
-def _is_waiting(listener: socket.socket) -> bool:
+def _is_waiting(listener: socket.socket | None) -> bool:
     """Whether somebody has connected and was not accepted."""
-    if listener.fileno() < 0:
+    if listener is None or listener.fileno() < 0:
         return False
     waiter = select.poll()
     waiter.register(listener, select.POLLIN)
