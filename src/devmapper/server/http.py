@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ __all__ = ["HttpService", "TcpAddress"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
@@ -57,6 +58,8 @@ class HttpService:
         self._stop: asyncio.Event | None = None
         self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
+        self._under_way: set[object] = set()
+        self._changed = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
         self.port = 0  # of a TCP address, once it listens
@@ -103,6 +106,34 @@ class HttpService:
         bound = functools.partial(call, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
 
+    @web.middleware
+    async def _watched(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Know the connections whose requests are under way."""
+        connection = request.protocol
+        self._under_way.add(connection)
+        try:
+            response = await handler(request)
+            if self._stop is not None and self._stop.is_set():
+                response.force_close()
+            return response
+        finally:
+            self._under_way.discard(connection)
+            self._changed.set()
+
+    async def _let_requests_end(self, runner: web.AppRunner) -> None:
+        """Close idle connections, and wait for the others.
+
+        `AppRunner.cleanup` waits too, but a connection that it is about to close takes no data any
+        more: the rest of a tar would never come.
+        """
+        await asyncio.sleep(0)  # what has come in already begins
+        for connection in runner.server.connections if runner.server is not None else ():
+            if connection not in self._under_way:
+                connection.close()
+        while self._under_way:
+            self._changed.clear()
+            await self._changed.wait()
+
     def _shorten(self) -> None:
         """Give requests under way less time: it was told to stop again, with fewer seconds."""
         if self._deadline is None:
@@ -137,8 +168,10 @@ class HttpService:
     async def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        application = self._make()
+        application.middlewares.insert(0, self._watched)
         runner = web.AppRunner(
-            self._make(),
+            application,
             access_log=None,
             handle_signals=False,
             shutdown_timeout=FOREVER_SECONDS,
@@ -146,13 +179,15 @@ class HttpService:
         )
         await runner.setup()
         try:
-            await web.SockSite(runner, listener, backlog=sockets.BACKLOG).start()
+            site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
+            await site.start()
             ready.set()
             await self._stop.wait()
+            await site.stop()
         finally:
-            # Idle connections are closed at once, requests under way are given the time
             try:
                 async with asyncio.timeout(self._grace) as self._deadline:
+                    await self._let_requests_end(runner)
                     await runner.cleanup()
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
