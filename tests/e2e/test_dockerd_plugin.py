@@ -191,12 +191,13 @@ def test_dockerd_restarts(both, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_the_daemon_restarts_amid_work(both, number, tmp_path):
-    docker, daemon = both
+    daemon, docker = both
     docker.start()
     import_first(both)
     write = "i=0; while :; do i=$((i+1)); echo $i >>/lines; sleep 0.02; done"
     docker.docker(*RUN, "--detach", "--name=running", "first", "sh", "-c", f"echo up; {write}")
     assert docker.first_line_of("running") == "up"
+    layer = docker.layer_of("running")
     ended = threading.Event()
     done: list[str] = []
 
@@ -223,7 +224,7 @@ def test_the_daemon_restarts_amid_work(both, number, tmp_path):
                 daemon.stop()
             else:
                 daemon.kill()
-            assert docker.layer_of("running") in mounted_layers(daemon.home)
+            assert layer in mounted_layers(daemon.home)
             daemon.start()
     finally:
         ended.set()
@@ -236,7 +237,7 @@ def test_the_daemon_restarts_amid_work(both, number, tmp_path):
     assert docker.docker(*RUN, "--rm", "last", "cat", "/lines").startswith("1\n2\n3\n")
     for container in docker.docker("ps", "--all", "--filter=status=created", "--quiet").split():
         assert docker.docker("start", "--attach", container) == "1"
-    assert mounted_layers(daemon.home) == {docker.layer_of("running")}
+    assert mounted_layers(daemon.home) == {layer}
     docker.docker("stop", "--time=0", "running")
     after = exported(both, "running", tmp_path)
     assert after["lines"].size >= len("\n".join(lines))

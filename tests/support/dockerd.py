@@ -99,6 +99,9 @@ class Dockerd:
         else:
             process.send_signal(signal.SIGKILL)
         process.wait(_STOP_SECONDS)
+        # Where the first process of the machine reaps nobody, the next dockerd takes the dead one
+        # for a containerd that runs
+        (self._run / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
         self._process = None
 
     def kill_containers(self) -> None:
