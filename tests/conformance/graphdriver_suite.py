@@ -29,6 +29,7 @@ from devmapper.errors import (
 )
 from devmapper.linux import loop, mount
 from devmapper.units import MIB
+from tests.conformance.fast_diff import FastDiffCases
 from tests.conformance.graphdriver_base import GRAPH, clean_up
 from tests.conformance.removal_cases import RemovalCases
 from tests.conformance.sizes_and_mounts import SizesAndMounts
@@ -52,7 +53,7 @@ def file_tree(root: Path) -> dict[str, export_tree.Inode]:
     return export_tree.of_tree(root)
 
 
-class GraphDriverSuite(RemovalCases, SizesAndMounts):
+class GraphDriverSuite(RemovalCases, SizesAndMounts, FastDiffCases):
     def test_create_empty(self, driver):
         driver.create("empty")
         assert driver.exists("empty")
