@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker clean-leftovers
+.PHONY: bench-docker bench-diff clean-leftovers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,13 @@ endif
 
 bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User Mode Linux
 	$(PY) tools/bench_docker.py
+
+bench-diff: $(STAMP) ## diff of a layer of 1 GiB with ten changed files; ENGINE=uml for a guest
+ifeq ($(ENGINE),uml)
+	$(PY) -m tests.uml run --disk 8G -- $(PY) tools/bench_diff.py --engine kernel --directory /scratch
+else
+	$(PY) tools/bench_diff.py --engine $(or $(ENGINE),auto)
+endif
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers
