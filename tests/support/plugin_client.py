@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0
+SECONDS = 150.0  # a write to a full pool waits for a minute
 _ACCEPT = {"Accept": "application/vnd.docker.plugins.v1.2+json"}
 
 
