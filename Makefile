@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker bench-clients clean-leftovers
+.PHONY: bench-docker bench-clients clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,13 @@ fmt: $(STAMP) ## format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-test: $(STAMP) lint ## everything; what this machine cannot run is named at the end
+test: $(STAMP) lint machines ## everything; what this machine cannot run is named at the end
 	$(PY) -m pytest -q tests
 
-test-kernel: $(STAMP) ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
+machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
+	@$(PY) -m tests.support.vm
+
+test-kernel: $(STAMP) machines ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
 	$(PY) -m pytest -m kernel tests $(ARGS)
 
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays

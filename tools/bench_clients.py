@@ -51,12 +51,14 @@ def on_the_host(options: argparse.Namespace) -> int:
     from tests.uml.boot import Machine
     from tests.uml.guest import run_in_uml
 
-    need_packages(SNAPSHOTTER)
-    need_packages(GRAPHDRIVER)
+    suites = {"snapshotter": SNAPSHOTTER} if "containerd" in options.only else {}
+    if {"docker", "diff"} & set(options.only):
+        suites["graphdriver"] = GRAPHDRIVER
     with tempfile.TemporaryDirectory(prefix="bench-clients-", dir="/var/tmp") as folder:
         out = Path(folder)
-        subprocess.run([SNAPSHOTTER / "build", out / "snapshotter"], check=True)
-        subprocess.run([GRAPHDRIVER / "build", out / "graphdriver"], check=True)
+        for name, suite in suites.items():
+            need_packages(suite)
+            subprocess.run([suite / "build", out / name], check=True)
         argv = [
             sys.executable, str(HERE / "bench_clients.py"), "--guest", str(out),
             "--rounds", str(options.rounds), "--runs", str(options.runs),
@@ -251,7 +253,8 @@ socket = "{sockets}/containerd.sock"
     serve = [sys.executable, "-m", "devmapper.cli.main", "serve", "--config", str(config)]
     try:
         with process(serve, sockets / "log"):
-            wait_for(sockets / "control.sock")
+            for name in ("docker", "containerd"):
+                wait_for(sockets / f"{name}.sock")
             yield sockets
     finally:
         shutil.rmtree(sockets)

@@ -74,9 +74,17 @@ def docker() -> str:
     for tool, package in packages.items():
         if shutil.which(tool, path=path) is None:
             return f"{tool} is not installed (Debian: {package})"
-    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
-        return "/sys/fs/cgroup is no cgroup version 2"
-    return ""
+    from tests.support import cgroup
+
+    return "" if cgroup.MOUNT else "no cgroup version 2 below /sys/fs/cgroup"
+
+
+@functools.cache
+def go() -> str:
+    """Go and the packaged sources that the suites in tests/suites are built from."""
+    from tests.support import go_suite
+
+    return next(filter(None, map(go_suite.missing, go_suite.names())), "")
 
 
 @functools.cache
@@ -115,6 +123,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "fuse": fuse,
     "tools": tools,
     "docker": docker,
+    "go": go,
     "qemu": qemu,
     "uml": uml,
     "kernel": kernel,

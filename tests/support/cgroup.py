@@ -11,14 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-MOUNT: Final = Path("/sys/fs/cgroup")
+_VERSION_1: Final = Path("/sys/fs/cgroup")
+
+
+def _find_mount() -> Path | None:
+    """Where version 2 is: alone, or beside the hierarchies of version 1."""
+    for place in (_VERSION_1, _VERSION_1 / "unified"):
+        if (place / "cgroup.controllers").exists():
+            return place
+    return None
+
+
+MOUNT: Final = _find_mount()
+
+
+def mounted() -> Path:
+    assert MOUNT is not None, "no cgroup version 2 is mounted"
+    return MOUNT
 
 
 class Group:
     """One group, with groups of its own for the processes: those in the middle cannot have any."""
 
     def __init__(self, name: str) -> None:
-        self.path = MOUNT / name
+        self.path = mounted() / name
 
     @contextmanager
     def entered(self, leaf: str) -> Iterator[None]:
@@ -29,7 +45,7 @@ class Group:
         try:
             yield
         finally:
-            (MOUNT / own / "cgroup.procs").write_text(f"{os.getpid()}\n")
+            (mounted() / own / "cgroup.procs").write_text(f"{os.getpid()}\n")
 
     def kill(self) -> None:
         """SIGKILL all that is in the group or below, at one go, and wait until it is gone."""
@@ -51,10 +67,14 @@ class Group:
                 events.seek(0)
 
     def remove(self) -> None:
-        """Remove the group and those below it; it has to be empty."""
-        below = [Path(folder) for folder, _, _ in os.walk(self.path, topdown=False)]
-        for folder in below:
-            folder.rmdir()
+        """Remove the group and those below it; it has to be empty.
+
+        Containers have groups of this name in the hierarchies of version 1 as well, where there are
+        such.
+        """
+        for top in {self.path, *_VERSION_1.glob(f"*/{self.path.name}")}:
+            for folder, _, _ in os.walk(top, topdown=False):
+                Path(folder).rmdir()
 
 
 @contextmanager

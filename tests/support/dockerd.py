@@ -1,4 +1,4 @@
-"""A real dockerd 20.10 with its devicemapper driver, and the containerd and shims it starts.
+"""A real dockerd 20.10, on its devicemapper driver or a plugin; its containerd and its shims.
 
 All of it runs in a control group of its own, so that killing reaches every process of it and no
 other.  There is no network: nothing of the machine's is touched.
@@ -24,6 +24,7 @@ from typing import Any, Final
 from devmapper.linux import mount
 from tests.support import cgroup
 
+DEVICEMAPPER: Final = "devicemapper"
 STORAGE_OPTIONS: Final = (
     "dm.fs=ext4",
     "dm.loopdatasize=1G",
@@ -39,8 +40,9 @@ _STOP_SECONDS: Final = 60.0
 class Dockerd:
     """One data root and the dockerd that has it, if one is running."""
 
-    def __init__(self, data_root: Path, run: Path, group: cgroup.Group) -> None:
+    def __init__(self, data_root: Path, run: Path, group: cgroup.Group, driver: str) -> None:
         self.data_root = data_root
+        self.driver = driver
         self.home = data_root / "devicemapper"
         self.log = run / "dockerd.log"
         self._run = run
@@ -53,7 +55,11 @@ class Dockerd:
         return self._process is not None
 
     def start(self, *options: str) -> None:
-        """Start it on the data root and wait until it answers; *options* are storage options."""
+        """Start it on the data root and wait until it answers; *options* are storage options.
+
+        Its own driver gets STORAGE_OPTIONS as well; a plugin's graph has been made already.
+        """
+        given = STORAGE_OPTIONS if self.driver == DEVICEMAPPER else ()
         assert self._process is None
         notify = self._run / "notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
@@ -61,7 +67,7 @@ class Dockerd:
             try:
                 with self.log.open("ab") as log, self._group.entered("daemon"):
                     self._process = subprocess.Popen(
-                        self._command((*STORAGE_OPTIONS, *options)),
+                        self._command((*given, *options)),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -93,6 +99,9 @@ class Dockerd:
         else:
             process.send_signal(signal.SIGKILL)
         process.wait(_STOP_SECONDS)
+        # Where the first process of the machine reaps nobody, the next dockerd takes the dead one
+        # for a containerd that runs
+        (self._run / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
         self._process = None
 
     def kill_containers(self) -> None:
@@ -106,7 +115,11 @@ class Dockerd:
             ["docker", "--host", f"unix://{self._socket}", *arguments],
             input=stdin,
             capture_output=True,
-            env={**_environment(), "DOCKER_CONFIG": str(self._run / "config")},
+            env={
+                **_environment(),
+                "DOCKER_CONFIG": str(self._run / "config"),
+                "DOCKER_BUILDKIT": "0",
+            },
             timeout=120,
         )
         words = done.stderr.decode()
@@ -118,7 +131,11 @@ class Dockerd:
         following = subprocess.Popen(
             ["docker", "--host", f"unix://{self._socket}", "logs", "--follow", container],
             stdout=subprocess.PIPE,
-            env={**_environment(), "DOCKER_CONFIG": str(self._run / "config")},
+            env={
+                **_environment(),
+                "DOCKER_CONFIG": str(self._run / "config"),
+                "DOCKER_BUILDKIT": "0",
+            },
         )
         with following:
             assert following.stdout is not None
@@ -135,7 +152,7 @@ class Dockerd:
     def layer_of(self, container: str) -> str:
         """The id of a container's layer, from Docker's layer store."""
         inspected = json.loads(self.docker("inspect", container))[0]
-        return layer_of(self.data_root, str(inspected["Id"]))
+        return layer_of(self.data_root, str(inspected["Id"]), self.driver)
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """One request to the API: status and reply; `OSError` if nobody answers (any more)."""
@@ -171,7 +188,8 @@ class Dockerd:
             *("--host", f"unix://{self._socket}"),
             *("--cgroup-parent", f"/{self._group.path.name}/containers"),
             *("--config-file", str(self._run / "none.json")),
-            *("--storage-driver", "devicemapper"),
+            *("--storage-driver", self.driver),
+            *([] if self.driver == DEVICEMAPPER else ["--experimental"]),
             "--bridge=none",
             "--iptables=false",
             "--ip6tables=false",
@@ -215,13 +233,16 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextmanager
-def data_root(folder: Path) -> Iterator[Dockerd]:
-    """A data root below *folder*; at the end nothing of it runs, is mounted or active."""
+def data_root(folder: Path, driver: str = DEVICEMAPPER) -> Iterator[Dockerd]:
+    """A data root below *folder*; at the end nothing of it runs, is mounted or active.
+
+    *driver* may be the name of a plugin, whose graph is its own affair.
+    """
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-docker-", dir="/run"))
     (run / "none.json").write_text("{}")
     try:
         with cgroup.group(run.name) as group:
-            rig = Dockerd(folder / "docker", run, group)
+            rig = Dockerd(folder / "docker", run, group, driver)
             try:
                 yield rig
             finally:
@@ -235,9 +256,9 @@ def data_root(folder: Path) -> Iterator[Dockerd]:
         shutil.rmtree(run)
 
 
-def layer_of(root: Path, container_id: str) -> str:
+def layer_of(root: Path, container_id: str, driver: str = DEVICEMAPPER) -> str:
     """The layer of a container in the graph at *root*, by its full id."""
-    mounts = root / "image" / "devicemapper" / "layerdb" / "mounts"
+    mounts = root / "image" / driver / "layerdb" / "mounts"
     return (mounts / container_id / "mount-id").read_text()
 
 

@@ -132,6 +132,33 @@ def test_stop_does_not_wait_for_ever(tmp_path):
         assert client.recv(1) == b""
 
 
+def test_told_again_to_stop_it_waits_less(tmp_path):
+    def application() -> web.Application:
+        async def handle(request: web.Request) -> web.Response:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        made = web.Application()
+        made.router.add_get("/", handle)
+        return made
+
+    service = HttpService("test", TcpAddress("127.0.0.1", 0), application)
+    service.start()
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.1)
+        begin = time.monotonic()
+        patient = threading.Thread(target=service.stop, args=(60.0,))
+        patient.start()
+        time.sleep(0.2)
+        assert patient.is_alive()
+        service.stop(0.1)
+        patient.join(10)
+        assert not patient.is_alive()
+        assert time.monotonic() - begin < 20
+        assert client.recv(1) == b""
+
+
 def test_an_application_that_cannot_be_made(tmp_path):
     def application() -> web.Application:
         raise UsageError("no routes")

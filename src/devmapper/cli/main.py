@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from devmapper.cli import border, content, disks, engine, layers, pool, pool_setup, serve
+from devmapper.cli import border, content, disks, engine, layers, pool, pool_setup, serve, top
 from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
 from devmapper.errors import UsageError
 
@@ -118,6 +118,7 @@ for command in (
     layers.inspect,
     layers.exists,
     layers.check,
+    top.top,
     disks.activate,
     disks.deactivate,
     disks.nbd,

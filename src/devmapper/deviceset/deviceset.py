@@ -346,12 +346,16 @@ class DeviceSet:
 
         moby `deviceset.go` Status, which ignores the pool's mode.
         """
+        return self.status_of(self._pool_status())
+
+    def status_of(self, pool: PoolStatus | None) -> Status:
+        """As `status`, with what the caller has just asked the pool itself."""
         options = self._graph.options
         return graph_status(
             self._home,
             self._graph.names.pool,
             self._paths(),
-            self._pool_status(),
+            pool,
             self._engine.features(),
             self._base(),
             deferred_removal=options.use_deferred_removal,

@@ -101,7 +101,9 @@ class Key(NamedTuple):
     @property
     def option(self) -> str:
         """The option of `devmapper serve` that is the same."""
-        return "--" + self.name.removesuffix(".enabled").replace(".", "-").removesuffix("s")
+        if self.name in ("storage-opts", "id-maps"):  # they stand for one value each
+            return f"--{self.name[:-1]}"
+        return "--" + self.name.removesuffix(".enabled").replace(".", "-")
 
 
 def _text(value: object) -> str:
@@ -330,15 +332,15 @@ def _flattened(tree: Tree, place: Callable[[str], str]) -> list[tuple[str, objec
         else:
             found.append((name, value))
     for name, _ in found:
-        if name not in _BY_NAME:
-            table = name.rpartition(".")[0] if name.rpartition(".")[0] in _TABLES else ""
-            known = [key.name for key in KEYS if key.table == table] + ([] if table else _tables())
-            raise UsageError(f"{place(name)} is unknown", hint=f"known are: {', '.join(known)}")
+        # A key with a dot in quotes belongs to no table, whatever it looks like
+        if name not in _BY_NAME or (name in tree and "." in name):
+            table = name.rpartition(".")[0]
+            known = [key.name for key in KEYS if key.table == (table if table in tree else "")]
+            tables = [] if table in tree else [f"[{each}]" for each in _TABLES]
+            raise UsageError(
+                f"{place(name)} is unknown", hint=f"known are: {', '.join(known + tables)}"
+            )
     return found
-
-
-def _tables() -> list[str]:
-    return [f"[{table}]" for table in _TABLES]
 
 
 def _shown(value: object) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOME_MODE: Final = 0o700  # as the device set makes it
+_IDLE_SECONDS: Final = 1.0  # for a worker without a request to end
 _BREAK_OFF_SECONDS: Final = 5.0  # for services to end once requests are not waited for any more
 
 
@@ -42,6 +43,9 @@ def serve(config: Config) -> None:
     `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
     and the lock are gone then.
     """
+    from devmapper.server.observer import Observer
+    from devmapper.server.watch import watching
+
     notifier = Notifier()
     _raise_file_limit()
     os.chdir("/")
@@ -52,18 +56,21 @@ def serve(config: Config) -> None:
         driver = stack.enter_context(_opened(config))
         requests = stack.enter_context(EndRequests())
         snapshots = _snapshots(driver)
-        ground = Ground(driver, snapshots, operations, control)
+        observer = Observer(driver, snapshots)
+        stack.callback(observer.stop)
+        ground = Ground(driver, snapshots, operations, control, observer)
         services = _started(plans, ground)
+        watch = stack.enter_context(watching(config, observer, operations))
         what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
         log.info("%s", what)
         notifier.ready(what)
         _wait_for_end(requests, notifier)
         log.info("told to end: requests under way have %gs", config.stop_time)
         notifier.stopping("waiting for requests under way")
-        done = _stop(services, config.stop_time, requests, notifier) and operations.under_way == 0
-        if not done:
+        if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
+        watch.stop()  # before what it looks at is let go
         if snapshots is not None:
             snapshots.close()
         if config.on_stop is OnStop.RELEASE:
@@ -137,16 +144,16 @@ def _stop(
 
     Each is given *seconds*, until a second signal takes them back.
     """
-    threads = _stopping(services, seconds, requests)
+    ended = _stopping(services, seconds, requests)
     deadline = time.monotonic() + seconds + _BREAK_OFF_SECONDS
     watchdog = notifier.watchdog_seconds
-    while any(thread.is_alive() for thread in threads):
+    while not all(event.is_set() for event in ended):
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         if requests.wait(min(left, watchdog / 2) if watchdog else left) is not None:
             log.warning("told to end again: requests under way are broken off")
-            threads += _stopping(services, 0.0, requests)
+            ended += _stopping(services, 0.0, requests)
             deadline = time.monotonic() + _BREAK_OFF_SECONDS
         notifier.alive()
     return True
@@ -154,21 +161,38 @@ def _stop(
 
 def _stopping(
     services: Sequence[Service], seconds: float, requests: EndRequests
-) -> list[threading.Thread]:
-    def stop(service: Service) -> None:
+) -> list[threading.Event]:
+    """An event for each service, set before *requests* wakes: a thread would live on a moment."""
+
+    def stop(service: Service, ended: threading.Event) -> None:
         try:
             service.stop(seconds)
         except Exception:
             log.exception("the %s service did not stop", service.name)
+        ended.set()
         requests.wake()
 
-    threads = [
-        threading.Thread(target=stop, args=(service,), name=f"stop {service.name}", daemon=True)
-        for service in services
-    ]
-    for thread in threads:
-        thread.start()
-    return threads
+    events = []
+    for service in services:
+        ended = threading.Event()
+        threading.Thread(
+            target=stop, args=(service, ended), name=f"stop {service.name}", daemon=True
+        ).start()
+        events.append(ended)
+    return events
+
+
+def _workers_are_left() -> bool:
+    """Whether a thread still works on a request; the process could not end before it.
+
+    The workers of services are the only threads that the interpreter waits for at its end.
+    """
+    deadline = time.monotonic() + _IDLE_SECONDS
+    workers = [each for each in threading.enumerate() if not each.daemon]
+    workers.remove(threading.current_thread())
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    return any(worker.is_alive() for worker in workers)
 
 
 def _end_as_if_killed() -> NoReturn:

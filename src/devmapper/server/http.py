@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -56,6 +57,7 @@ class HttpService:
         self._stop: asyncio.Event | None = None
         self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
+        self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
         self.port = 0  # of a TCP address, once it listens
 
@@ -83,9 +85,11 @@ class HttpService:
         thread, loop, stop = self._thread, self._loop, self._stop
         if thread is None:
             return
-        self._grace = seconds
+        self._grace = min(self._grace, seconds) if self._deadline else seconds
         if loop is not None and stop is not None and thread.is_alive():
-            loop.call_soon_threadsafe(stop.set)
+            with suppress(RuntimeError):  # the loop has ended just now
+                loop.call_soon_threadsafe(stop.set)
+                loop.call_soon_threadsafe(self._shorten)
         thread.join()
         self._thread = None
         if self._workers is not None:
@@ -98,6 +102,15 @@ class HttpService:
         assert self._workers is not None  # noqa: S101 - handlers run between start and stop
         bound = functools.partial(call, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
+
+    def _shorten(self) -> None:
+        """Give requests under way less time: it was told to stop again, with fewer seconds."""
+        if self._deadline is None:
+            return
+        when = asyncio.get_running_loop().time() + self._grace
+        before = self._deadline.when()
+        if before is not None and when < before:
+            self._deadline.reschedule(when)
 
     def _listen(self) -> socket.socket:
         if isinstance(self._address, Path):
@@ -139,7 +152,7 @@ class HttpService:
         finally:
             # Idle connections are closed at once, requests under way are given the time
             try:
-                async with asyncio.timeout(self._grace):
+                async with asyncio.timeout(self._grace) as self._deadline:
                     await runner.cleanup()
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)

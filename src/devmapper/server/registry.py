@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmapper.driver import Driver
+    from devmapper.server.observer import Observer
     from devmapper.server.operations import Operations
 
 
@@ -23,6 +24,7 @@ class Ground(NamedTuple):
     snapshots: Any
     operations: "Operations"
     control: "Path"
+    observer: "Observer"
 
 
 class Plan(NamedTuple):
@@ -98,5 +100,7 @@ def _containerd(ground: Ground, socket: "Path") -> Service:
 
 
 def _metrics(ground: Ground, address: Address) -> Service:
-    made: Service = imported("metrics")(ground.driver, ground.snapshots, ground.operations, address)
+    made: Service = imported("metrics")(
+        ground.driver, ground.snapshots, ground.operations, address, observer=ground.observer
+    )
     return made

@@ -22,5 +22,6 @@ class Service(Protocol):
     def stop(self, seconds: float = STOP_SECONDS) -> None:
         """Take no new requests and wait until those under way have ended, at most *seconds*.
 
-        The socket's file is gone afterwards.  Idempotent, also before `start`.
+        The socket's file is gone afterwards.  Idempotent, also before `start`; another thread may
+        call it meanwhile with fewer seconds, which count from then on.
         """

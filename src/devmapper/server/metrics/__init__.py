@@ -1,0 +1,1 @@
+"""The daemon to Prometheus: `/metrics` and `/healthz`."""
