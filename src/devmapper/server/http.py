@@ -145,6 +145,7 @@ class HttpService:
             keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
+        server = runner.server
         try:
             await web.SockSite(runner, listener, backlog=sockets.BACKLOG).start()
             ready.set()
@@ -156,3 +157,7 @@ class HttpService:
                     await runner.cleanup()
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
+                for connection in server.connections if server else ():
+                    if connection.transport is not None:
+                        connection.transport.abort()
+                await asyncio.sleep(0)  # for the loop to close them

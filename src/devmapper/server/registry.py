@@ -84,7 +84,11 @@ def imported(name: str) -> Any:  # noqa: ANN401 - a class of a module that is im
 
 def _control(ground: Ground) -> Service:
     made: Service = imported("control")(
-        ground.driver, ground.snapshots, ground.operations, ground.control
+        ground.driver,
+        ground.snapshots,
+        ground.operations,
+        ground.control,
+        observer=ground.observer,
     )
     return made
 
