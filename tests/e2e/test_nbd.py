@@ -316,7 +316,7 @@ def test_sigterm_to_the_engine_waits_for_clients(driver):
     assert server is not None
     with NbdClient.ready(path) as client:
         server.send_signal(signal.SIGTERM)
-        assert eventually(lambda: "still serving" in paths.log.read_text())
+        assert eventually(lambda: "still serving" in paths.log.read_text(), 60)
         assert f"process {os.getpid()}" in paths.log.read_text()
         client.write(0, b"x" * 512)
         assert client.call(nbd_client.FLUSH) == 0

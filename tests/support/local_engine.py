@@ -14,6 +14,7 @@ from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.opening import grow
 from devmapper.engine.port import (
     Activation,
+    ChangedRange,
     DeviceInfo,
     EngineFeatures,
     NbdExport,
@@ -23,8 +24,10 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
+from devmapper.engine.ranges import changed_ranges
 from devmapper.errors import EnvironmentLacking, PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
 from devmapper.thin.blocks import FileDevice
+from devmapper.thin.delta import own_blocks
 from devmapper.thin.metadata import PoolMetadata, is_blank
 from devmapper.units import Bytes, ThinId, TransactionId
 
@@ -95,6 +98,16 @@ class LocalPool:
             found.creation_time,
             found.snapshotted_time,
         )
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        self._called("changed_ranges")
+        self.commit()
+        return changed_ranges(self._device, self._metadata.superblock, thin_a, thin_b)
+
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        self._called("own_blocks")
+        self.commit()
+        return own_blocks(self._device, self._metadata.superblock, thin_id, origin)
 
     def create_thin(self, thin_id: ThinId) -> None:
         self._called("create_thin")

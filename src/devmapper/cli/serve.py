@@ -83,6 +83,13 @@ def serve(
         str | None,
         typer.Option(metavar="ADDRESS", help="Where Prometheus asks: HOST:PORT or unix:PATH."),
     ] = None,
+    metrics_max_layers: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", help="How many layers have series of their own."),
+    ] = None,
+    metrics_layers_interval: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How old the layers' sizes may be: 60s.")
+    ] = None,
     watch: Annotated[
         bool | None,
         typer.Option(
@@ -129,6 +136,8 @@ def serve(
         "containerd.socket": containerd_socket,
         "metrics.enabled": metrics,
         "metrics.address": metrics_address,
+        "metrics.max-layers": metrics_max_layers,
+        "metrics.layers-interval": metrics_layers_interval,
         "watch.enabled": watch,
         "watch.interval": watch_interval,
         "watch.data-low-water": watch_data_low_water,

@@ -28,6 +28,7 @@ _METRICS: Final = TcpAddress("127.0.0.1", 9273)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST: Final = 86_400.0
+_MOST: Final = 1_000_000
 
 Tree: TypeAlias = Mapping[str, object]  # as tomllib makes it: keys and tables
 
@@ -71,6 +72,8 @@ class Config:
     containerd_socket: Path = Path("/run/devmapper/containerd.sock")
     metrics_enabled: bool = False
     metrics_address: Address = _METRICS
+    metrics_max_layers: int = 1000
+    metrics_layers_interval: float = 60.0  # seconds
     watch_enabled: bool = True
     watch_interval: float = 10.0  # seconds
     watch_data_low_water: float = 10.0  # percent that should be free; 0 never warns
@@ -186,6 +189,12 @@ def _interval(value: object) -> float:
     return seconds
 
 
+def _number(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise _WrongValueError
+    return value
+
+
 def _percent(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise _WrongValueError
@@ -198,6 +207,7 @@ def _show_duration(seconds: float) -> str:
 
 _SOCKET: Final = "the absolute path of a socket"
 _FLAG: Final = "true or false"
+_TIME: Final = "a time such as 30s, at most a day"
 KEYS: Final = (
     Key("root", _directory, "an absolute path", "Directory of the graph.", str),
     Key("engine", _engine, "auto, kernel or embedded", "Who serves the pool."),
@@ -233,7 +243,7 @@ KEYS: Final = (
     Key(
         "stop-time",
         _duration,
-        "a time such as 30s, at most a day",
+        _TIME,
         "How long requests under way are waited for when the daemon ends.",
         _show_duration,
     ),
@@ -250,11 +260,24 @@ KEYS: Final = (
         "Where Prometheus asks.",
         show_address,
     ),
+    Key(
+        "metrics.max-layers",
+        _number,
+        "a whole number from 0 to 1000000",
+        "How many layers have series of their own.",
+    ),
+    Key(
+        "metrics.layers-interval",
+        _duration,
+        _TIME,
+        "How old the layers' sizes may be.",
+        _show_duration,
+    ),
     Key("watch.enabled", _flag, _FLAG, "Whether the pool is watched and warned about."),
     Key(
         "watch.interval",
         _interval,
-        "a time such as 10s, at most a day",
+        "a time such as 10s, more than 0 and at most a day",
         "How often the pool is looked at.",
         _show_duration,
     ),
@@ -372,7 +395,7 @@ def _toml(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, float):
-        return f"{value:g}"
+    if isinstance(value, int | float):
+        return repr(int(value) if value == int(value) else value)
     # A string of JSON is one of TOML, but for DEL
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,9 +10,9 @@ import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from devmapper.deviceset.id_maps import container_root
 from devmapper.deviceset.layer_root import make_owned
@@ -43,24 +43,16 @@ def serve(config: Config) -> None:
     `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
     and the lock are gone then.
     """
-    from devmapper.server.observer import Observer
-    from devmapper.server.watch import watching
-
     notifier = Notifier()
     _raise_file_limit()
     os.chdir("/")
     with ExitStack() as stack:
-        control, plans = stack.enter_context(_taken(config))
+        plans = stack.enter_context(_taken(config))
         notifier.status(f"opening {config.root}")
-        operations = Operations()
         driver = stack.enter_context(_opened(config))
         requests = stack.enter_context(EndRequests())
-        snapshots = _snapshots(driver)
-        observer = Observer(driver, snapshots)
-        stack.callback(observer.stop)
-        ground = Ground(driver, snapshots, operations, control, observer)
-        services = _started(plans, ground)
-        watch = stack.enter_context(watching(config, observer, operations))
+        upper = stack.enter_context(ExitStack())  # what has to end before the pool is let go
+        services = _started(plans, _ground(config, driver, upper))
         what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
         log.info("%s", what)
         notifier.ready(what)
@@ -70,9 +62,7 @@ def serve(config: Config) -> None:
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
-        watch.stop()  # before what it looks at is let go
-        if snapshots is not None:
-            snapshots.close()
+        upper.close()
         if config.on_stop is OnStop.RELEASE:
             notifier.stopping("letting go of the pool")
             driver.cleanup()
@@ -80,7 +70,7 @@ def serve(config: Config) -> None:
 
 
 @contextmanager
-def _taken(config: Config) -> Iterator[tuple[Path, list[Plan]]]:
+def _taken(config: Config) -> Iterator[list[Plan]]:
     """The graph is this daemon's, and all of its addresses are free or left by a dead one."""
     home = config.root
     make_owned(home, _HOME_MODE, container_root(config.id_maps, config.id_maps))
@@ -90,7 +80,7 @@ def _taken(config: Config) -> Iterator[tuple[Path, list[Plan]]]:
         for plan in plans:
             if isinstance(plan.address, Path):
                 sockets.check_free(plan.address)  # before a pool is activated for nothing
-        yield control, plans
+        yield plans
 
 
 @contextmanager
@@ -110,17 +100,34 @@ def _opened(config: Config) -> "Iterator[Driver]":
         driver.close()
 
 
-def _snapshots(driver: "Driver") -> Any:  # noqa: ANN401 - see registry
-    return (
-        registry.imported("snapshots")(driver.devices) if registry.is_there("snapshots") else None
-    )
+def _ground(config: Config, driver: "Driver", upper: ExitStack) -> Ground:
+    """What the services share, from the snapshots to the watch; *upper* ends it."""
+    from devmapper.server.conditions import Thresholds
+    from devmapper.server.observer import Observer
+    from devmapper.server.watch import PoolWatch
+    from devmapper.snapshots import Snapshots
+
+    operations = Operations()
+    snapshots = upper.enter_context(closing(Snapshots(driver.devices)))
+    observer = Observer(driver, snapshots)
+    upper.callback(observer.stop)
+    if config.watch_enabled:
+        watch = PoolWatch(
+            observer,
+            operations,
+            interval=config.watch_interval,
+            thresholds=Thresholds(config.watch_data_low_water, config.watch_metadata_low_water),
+        )
+        upper.callback(watch.stop)
+        watch.start()
+    return Ground(driver, snapshots, operations, observer, config)
 
 
 def _started(plans: Sequence[Plan], ground: Ground) -> list[Service]:
     services: list[Service] = []
     try:
         for plan in plans:
-            service = plan.make(ground)
+            service = plan.make(ground, plan.address)
             services.append(service)
             service.start()
             log.debug("%s", plan)
@@ -144,42 +151,34 @@ def _stop(
 
     Each is given *seconds*, until a second signal takes them back.
     """
-    ended = _stopping(services, seconds, requests)
-    deadline = time.monotonic() + seconds + _BREAK_OFF_SECONDS
-    watchdog = notifier.watchdog_seconds
-    while not all(event.is_set() for event in ended):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        if requests.wait(min(left, watchdog / 2) if watchdog else left) is not None:
-            log.warning("told to end again: requests under way are broken off")
-            ended += _stopping(services, 0.0, requests)
-            deadline = time.monotonic() + _BREAK_OFF_SECONDS
-        notifier.alive()
-    return True
+    left = {service.name for service in services}
 
-
-def _stopping(
-    services: Sequence[Service], seconds: float, requests: EndRequests
-) -> list[threading.Event]:
-    """An event for each service, set before *requests* wakes: a thread would live on a moment."""
-
-    def stop(service: Service, ended: threading.Event) -> None:
+    def stop(service: Service, seconds: float) -> None:
         try:
             service.stop(seconds)
         except Exception:
             log.exception("the %s service did not stop", service.name)
-        ended.set()
+        left.discard(service.name)
         requests.wake()
 
-    events = []
-    for service in services:
-        ended = threading.Event()
-        threading.Thread(
-            target=stop, args=(service, ended), name=f"stop {service.name}", daemon=True
-        ).start()
-        events.append(ended)
-    return events
+    def stop_all(seconds: float) -> None:
+        for service in services:
+            name = f"stop {service.name}"
+            threading.Thread(target=stop, args=(service, seconds), name=name, daemon=True).start()
+
+    stop_all(seconds)
+    deadline = time.monotonic() + seconds + _BREAK_OFF_SECONDS
+    watchdog = notifier.watchdog_seconds
+    while left:
+        pause = deadline - time.monotonic()
+        if pause <= 0:
+            return False
+        if requests.wait(min(pause, watchdog / 2) if watchdog else pause) is not None:
+            log.warning("told to end again: requests under way are broken off")
+            stop_all(0.0)
+            deadline = time.monotonic() + _BREAK_OFF_SECONDS
+        notifier.alive()
+    return True
 
 
 def _workers_are_left() -> bool:

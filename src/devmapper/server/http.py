@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
-from devmapper.server import sockets
+from devmapper.server import closing, sockets
 from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
@@ -26,6 +26,7 @@ __all__ = ["HttpService", "TcpAddress"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 WORKERS: Final = 32
 _START_SECONDS: Final = 30.0
@@ -57,6 +58,8 @@ class HttpService:
         self._stop: asyncio.Event | None = None
         self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
+        self._under_way: set[object] = set()
+        self._changed = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
         self.port = 0  # of a TCP address, once it listens
@@ -103,6 +106,40 @@ class HttpService:
         bound = functools.partial(call, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
 
+    @web.middleware
+    async def _watched(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Know the connections whose requests are under way."""
+        connection = request.protocol
+        self._under_way.add(connection)
+        try:
+            response = await handler(request)
+            if self._stop is not None and self._stop.is_set():
+                response.force_close()
+            return response
+        finally:
+            self._under_way.discard(connection)
+            self._changed.set()
+
+    async def _end(
+        self, runner: web.AppRunner, site: web.SockSite, listener: socket.socket
+    ) -> None:
+        """Let nobody connect any more, answer what clients have sent, and close.
+
+        `AppRunner.cleanup` waits too, but a connection that it is about to close takes no data any
+        more: the rest of a tar would never come.
+        """
+        if isinstance(self._address, Path):
+            sockets.remove(self._address, self._own)
+        server = runner.server
+        if server is not None:
+            await closing.quieten(server, listener, self._under_way)
+            await site.stop()
+            while self._under_way:
+                self._changed.clear()
+                await self._changed.wait()
+            await closing.quieten(server, None, self._under_way)  # who came in the last moment
+        await runner.cleanup()
+
     def _shorten(self) -> None:
         """Give requests under way less time: it was told to stop again, with fewer seconds."""
         if self._deadline is None:
@@ -137,8 +174,10 @@ class HttpService:
     async def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        application = self._make()
+        application.middlewares.insert(0, self._watched)
         runner = web.AppRunner(
-            self._make(),
+            application,
             access_log=None,
             handle_signals=False,
             shutdown_timeout=FOREVER_SECONDS,
@@ -146,15 +185,15 @@ class HttpService:
         )
         await runner.setup()
         server = runner.server
+        site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
         try:
-            await web.SockSite(runner, listener, backlog=sockets.BACKLOG).start()
+            await site.start()
             ready.set()
             await self._stop.wait()
         finally:
-            # Idle connections are closed at once, requests under way are given the time
             try:
                 async with asyncio.timeout(self._grace) as self._deadline:
-                    await runner.cleanup()
+                    await self._end(runner, site, listener)
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
                 for connection in server.connections if server else ():

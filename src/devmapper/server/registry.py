@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from devmapper.errors import EnvironmentLacking
@@ -10,21 +11,20 @@ from devmapper.server.config import Config
 from devmapper.server.service import Service
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from devmapper.driver import Driver
     from devmapper.server.observer import Observer
     from devmapper.server.operations import Operations
+    from devmapper.snapshots import Snapshots
 
 
 class Ground(NamedTuple):
     """What the services stand on."""
 
     driver: "Driver"
-    snapshots: Any
+    snapshots: "Snapshots"
     operations: "Operations"
-    control: "Path"
     observer: "Observer"
+    config: Config
 
 
 class Plan(NamedTuple):
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
     name: str
     address: Address
-    make: Callable[[Ground], Service]
+    make: Callable[[Ground, Any], Service]  # of the ground and the address
 
     def __str__(self) -> str:
         return f"{self.name} on {show_address(self.address)}"
@@ -40,27 +40,20 @@ class Plan(NamedTuple):
 
 _PLACES: Final = {
     "control": "devmapper.server.control.service:ControlService",
-    "docker": "devmapper.server.docker.service:DockerPlugin",
-    "containerd": "devmapper.server.containerd.service:SnapshotsService",
-    "metrics": "devmapper.server.metrics.service:MetricsService",
-    "snapshots": "devmapper.snapshots.snapshots:Snapshots",
 }
 
 
-def plans(config: Config, control: "Path") -> list[Plan]:
+def plans(config: Config, control: Path) -> list[Plan]:
     """The services that *config* wants, in the order in which they start."""
     wanted = []
     if is_there("control"):
         wanted.append(Plan("control", control, _control))
     if config.docker_enabled:
-        socket = config.docker_socket
-        wanted.append(Plan("docker", socket, lambda ground: _docker(ground, socket)))
+        wanted.append(Plan("docker", config.docker_socket, _docker))
     if config.containerd_enabled:
-        place = config.containerd_socket
-        wanted.append(Plan("containerd", place, lambda ground: _containerd(ground, place)))
+        wanted.append(Plan("containerd", config.containerd_socket, _containerd))
     if config.metrics_enabled:
-        address = config.metrics_address
-        wanted.append(Plan("metrics", address, lambda ground: _metrics(ground, address)))
+        wanted.append(Plan("metrics", config.metrics_address, _metrics))
     return wanted
 
 
@@ -82,29 +75,34 @@ def imported(name: str) -> Any:  # noqa: ANN401 - a class of a module that is im
         raise EnvironmentLacking(f"the {name} service lacks Python module {err.name!r}") from err
 
 
-def _control(ground: Ground) -> Service:
+def _control(ground: Ground, socket: Path) -> Service:
     made: Service = imported("control")(
-        ground.driver,
-        ground.snapshots,
-        ground.operations,
-        ground.control,
-        observer=ground.observer,
+        ground.driver, ground.snapshots, ground.operations, socket, observer=ground.observer
     )
     return made
 
 
-def _docker(ground: Ground, socket: "Path") -> Service:
-    made: Service = imported("docker")(ground.driver, socket, ground.operations)
-    return made
+def _docker(ground: Ground, socket: Path) -> Service:
+    from devmapper.server.docker.service import DockerPlugin
+
+    return DockerPlugin(ground.driver, socket, ground.operations)
 
 
-def _containerd(ground: Ground, socket: "Path") -> Service:
-    made: Service = imported("containerd")(ground.snapshots, socket, ground.operations)
-    return made
+def _containerd(ground: Ground, socket: Path) -> Service:
+    from devmapper.server.containerd.service import SnapshotsService
+
+    return SnapshotsService(ground.snapshots, socket, ground.operations)
 
 
 def _metrics(ground: Ground, address: Address) -> Service:
-    made: Service = imported("metrics")(
-        ground.driver, ground.snapshots, ground.operations, address, observer=ground.observer
+    from devmapper.server.metrics.service import MetricsService
+
+    return MetricsService(
+        ground.driver,
+        ground.snapshots,
+        ground.operations,
+        address,
+        observer=ground.observer,
+        max_layers=ground.config.metrics_max_layers,
+        layers_interval=ground.config.metrics_layers_interval,
     )
-    return made

@@ -8,9 +8,9 @@ the fast path takes none of them.  `docs/internals/data-path.md` has the whole p
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Final, Self, TypeVar
 
 from devmapper.engine.embedded import opening
 from devmapper.engine.embedded.commit import COMMIT_PERIOD
@@ -19,15 +19,31 @@ from devmapper.engine.embedded.device import ThinDevice
 from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.modes import NO_SPACE_TIMEOUT, PoolState
 from devmapper.engine.embedded.opening import PoolDevices
-from devmapper.engine.port import PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.port import ChangedRange, PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.ranges import changed_ranges
 from devmapper.engine.tables import check_table
-from devmapper.errors import PoolFull, PoolMismatch, PoolUnusable, ThinBusy, UsageError
+from devmapper.errors import (
+    IntegrityError,
+    PoolFull,
+    PoolMismatch,
+    PoolUnusable,
+    ThinBusy,
+    ThinIdMissing,
+    UsageError,
+)
+from devmapper.thin.delta import own_blocks
+from devmapper.thin.format import Superblock
 from devmapper.thin.metadata import PoolMetadata
+from devmapper.thin.walk import BlockReader, read_superblock
 from devmapper.units import SECTOR_SIZE, Bytes, ThinId, TransactionId
 
 __all__ = ["EmbeddedPool", "ThinDevice"]
 
 log = logging.getLogger(__name__)
+
+_UNPINNED_TRIES: Final = 3
+
+T = TypeVar("T")
 
 
 class EmbeddedPool:
@@ -199,6 +215,35 @@ class EmbeddedPool:
             self.commit()
         with self._core.metadata.uncommitted():
             copy_sparse(self._core.table.metadata_device, target)
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        """Commits; nothing waits meanwhile."""
+        return self._compare(
+            lambda device, superblock: changed_ranges(device, superblock, thin_a, thin_b)
+        )
+
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        """Commits; nothing waits meanwhile."""
+        return self._compare(
+            lambda device, superblock: own_blocks(device, superblock, thin_id, origin)
+        )
+
+    def _compare(self, compare: Callable[[BlockReader, Superblock], T]) -> T:
+        """Commit, then let *compare* read the committed trees.
+
+        A commit amid it may let blocks of those trees be reused: then what was read does not
+        count.  Where commits come that often the last try keeps them waiting.
+        """
+        if self._state.writable:
+            self.commit()
+        for _ in range(_UNPINNED_TRIES):
+            with suppress(IntegrityError, ThinIdMissing):  # if they are real, the last try says so
+                before = read_superblock(self._metadata_device)
+                found = compare(self._metadata_device, before)
+                if read_superblock(self._metadata_device) == before:
+                    return found
+        with self._core.metadata.uncommitted():
+            return compare(self._metadata_device, read_superblock(self._metadata_device))
 
     def open_device(self, thin_id: ThinId, size: Bytes) -> ThinDevice:
         """Open a thin device as a disk of *size* bytes; `ThinBusy` if it is open already."""
