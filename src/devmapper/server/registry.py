@@ -51,7 +51,9 @@ def plans(config: Config, control: Path) -> list[Plan]:
 def _control(ground: Ground, socket: Path) -> Service:
     from devmapper.server.control.service import ControlService
 
-    return ControlService(ground.driver, ground.snapshots, ground.operations, socket)
+    return ControlService(
+        ground.driver, ground.snapshots, ground.operations, socket, observer=ground.observer
+    )
 
 
 def _docker(ground: Ground, socket: Path) -> Service:
