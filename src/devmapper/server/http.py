@@ -16,7 +16,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from aiohttp import web
 
-from devmapper.server import sockets
+from devmapper.server import closing, sockets
 from devmapper.server.address import TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
@@ -120,19 +120,25 @@ class HttpService:
             self._under_way.discard(connection)
             self._changed.set()
 
-    async def _let_requests_end(self, runner: web.AppRunner) -> None:
-        """Close idle connections, and wait for the others.
+    async def _end(
+        self, runner: web.AppRunner, site: web.SockSite, listener: socket.socket
+    ) -> None:
+        """Let nobody connect any more, answer what clients have sent, and close.
 
         `AppRunner.cleanup` waits too, but a connection that it is about to close takes no data any
         more: the rest of a tar would never come.
         """
-        await asyncio.sleep(0)  # what has come in already begins
-        for connection in runner.server.connections if runner.server is not None else ():
-            if connection not in self._under_way:
-                connection.close()
-        while self._under_way:
-            self._changed.clear()
-            await self._changed.wait()
+        if isinstance(self._address, Path):
+            sockets.remove(self._address, self._own)
+        server = runner.server
+        if server is not None:
+            await closing.quieten(server, listener, self._under_way)
+            await site.stop()
+            while self._under_way:
+                self._changed.clear()
+                await self._changed.wait()
+            await closing.quieten(server, None, self._under_way)  # who came in the last moment
+        await runner.cleanup()
 
     def _shorten(self) -> None:
         """Give requests under way less time: it was told to stop again, with fewer seconds."""
@@ -178,16 +184,14 @@ class HttpService:
             keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
+        site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
         try:
-            site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
             await site.start()
             ready.set()
             await self._stop.wait()
-            await site.stop()
         finally:
             try:
                 async with asyncio.timeout(self._grace) as self._deadline:
-                    await self._let_requests_end(runner)
-                    await runner.cleanup()
+                    await self._end(runner, site, listener)
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)

@@ -5,8 +5,6 @@ Each event is one line with what to do about it, and counts in `devmapper_pool_e
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from prometheus_client import Counter
@@ -14,7 +12,6 @@ from prometheus_client import Counter
 from devmapper.deviceset.worker import Stopping, Worker
 from devmapper.errors import UsageError
 from devmapper.server.conditions import WARNINGS, Condition, Remark, Thresholds, remarks
-from devmapper.server.config import Config
 from devmapper.server.observer import Observer
 from devmapper.server.operations import Operations
 
@@ -112,23 +109,6 @@ class PoolWatch:
         if over and not now:
             log.info("pool %s is well", pool)
             self._events.labels(_RECOVERED).inc()
-
-
-@contextmanager
-def watching(config: Config, observer: Observer, operations: Operations) -> Iterator[PoolWatch]:
-    """The watch that *config* wants; one that is not wanted never looks."""
-    watch = PoolWatch(
-        observer,
-        operations,
-        interval=config.watch_interval,
-        thresholds=Thresholds(config.watch_data_low_water, config.watch_metadata_low_water),
-    )
-    try:
-        if config.watch_enabled:
-            watch.start()
-        yield watch
-    finally:
-        watch.stop()
 
 
 def _not_known_to_be_over(
