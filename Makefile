@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker bench-clients clean-leftovers
+.PHONY: bench-docker bench-clients bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,16 +25,19 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 unit: $(STAMP)
-	$(PY) -m pytest -q tests/unit
+	$(PY) -m pytest -q -n auto tests/unit
 
 fmt: $(STAMP) ## format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-test: $(STAMP) lint ## everything; what this machine cannot run is named at the end
+test: $(STAMP) lint machines ## everything; what this machine cannot run is named at the end
 	$(PY) -m pytest -q tests
 
-test-kernel: $(STAMP) ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
+machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
+	@$(PY) -m tests.support.vm
+
+test-kernel: $(STAMP) machines ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
 	$(PY) -m pytest -m kernel tests $(ARGS)
 
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
@@ -61,6 +64,13 @@ bench-docker: $(STAMP) ## the kernel engine beside Docker's own driver, in User 
 
 bench-clients: $(STAMP) ## Docker's plugin and containerd's snapshotter beside their own, in User Mode Linux
 	$(PY) tools/bench_clients.py
+
+bench-diff: $(STAMP) ## diff of a layer of 1 GiB with ten changed files; ENGINE=uml for a guest
+ifeq ($(ENGINE),uml)
+	$(PY) -m tests.uml run --disk 8G -- $(PY) tools/bench_diff.py --engine kernel --directory /scratch
+else
+	$(PY) tools/bench_diff.py --engine $(or $(ENGINE),auto)
+endif
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

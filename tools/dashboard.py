@@ -114,7 +114,7 @@ PANELS: Final = (
         "Layers that take most",
         "timeseries",
         "bytes",
-        (Query("topk(10, devmapper_layer_exclusive_bytes{%s})", "{{layer}}"),),
+        (Query("topk(10, devmapper_layer_exclusive_bytes{%s})", "{{layer}} {{snapshot}}"),),
         12,
         description="What removing the layer gives back.",
     ),

@@ -18,6 +18,8 @@ packages=(
   docker.io containerd runc # the last dockerd with the devicemapper driver: hand-over in the guest
   debootstrap zstd        # the demo's root file system; the graphs in tests/data
 )
+# What Docker's and containerd's own suites are compiled from
+mapfile -t -O "${#packages[@]}" packages < <(cat tests/suites/*/apt-packages)
 missing=()
 for package in "${packages[@]}"; do
   status=$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null || true)

@@ -245,14 +245,14 @@ class Driver:
     def changes(self, id: str, parent: str = "") -> "list[Change]":  # noqa: A002 - the seed's name
         """What differs between a layer and its parent; without one, all that it holds."""
         with self._trees(id, parent) as (new, old):
-            return _changes(new, old)
+            return self._changes(id, parent, new, old)
 
     def write_diff(self, id: str, parent: str, out: BinaryIO) -> None:  # noqa: A002 - the seed's name
         """Write the changes of a layer as an uncompressed tar."""
         from devmapper.layerdiff.archive import write_diff
 
         with self._trees(id, parent) as (new, old):
-            write_diff(new, _changes(new, old), out)
+            write_diff(new, self._changes(id, parent, new, old), out)
 
     @contextmanager
     def diff(self, id: str, parent: str = "") -> Iterator[BinaryIO]:  # noqa: A002 - the seed's name
@@ -264,7 +264,7 @@ class Driver:
         from devmapper.layerdiff.archive import write_diff
 
         with self._trees(id, parent) as (new, old):
-            listed = _changes(new, old)
+            listed = self._changes(id, parent, new, old)
             with _written_by(lambda out: write_diff(new, listed, out)) as stream:
                 yield stream
 
@@ -294,7 +294,7 @@ class Driver:
         from devmapper.layerdiff.changes import diff_size
 
         with self._trees(id, parent) as (new, old):
-            return diff_size(new, _changes(new, old))
+            return diff_size(new, self._changes(id, parent, new, old))
 
     def usage(self) -> list[LayerUsage]:
         """What each layer takes, the base layer too (as "base"), from a copy of pool metadata."""
@@ -374,6 +374,24 @@ class Driver:
             with self._tree(parent) as old:
                 yield new, old
 
+    def _changes(self, id: str, parent: str, new: Path, old: Path | None) -> "list[Change]":  # noqa: A002 - the seed's name
+        """The changes between two mounted layers; only changed blocks are looked at if possible."""
+        from devmapper.layerdiff.changes import changes
+        from devmapper.layerdiff.inode_ranges import ByteRange
+        from devmapper.layerdiff.unchanged import MountedTree, changed_inodes
+
+        delta = None if old is None else self.devices.delta(id, parent)
+        if old is None or delta is None:
+            return changes(new, old)
+        suspects = changed_inodes(
+            MountedTree(new, delta.new_device),
+            MountedTree(old, delta.old_device),
+            (ByteRange(begin, begin + length) for begin, length in delta.changed),
+        )
+        if suspects is None:
+            return changes(new, old)
+        return changes(new, old, suspects=suspects)
+
 
 def _engine(choice: "Preference | Engine") -> Engine:
     if not isinstance(choice, str):
@@ -381,12 +399,6 @@ def _engine(choice: "Preference | Engine") -> Engine:
     from devmapper.engine.select import choose_engine
 
     return choose_engine(choice)
-
-
-def _changes(new: Path, old: Path | None) -> "list[Change]":
-    from devmapper.layerdiff.changes import changes
-
-    return changes(new, old)
 
 
 @contextmanager

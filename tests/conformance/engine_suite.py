@@ -7,6 +7,7 @@ to `thin_check`.
 
 import errno
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -630,6 +631,84 @@ class EngineSuite:
             dump = process.run(["thin_dump", str(copy)]).stdout.decode()
             assert 'dev_id="1" mapped_blocks="4"' in dump
             assert 'dev_id="2" mapped_blocks="4"' in dump
+
+    # Where two devices differ
+
+    def test_changed_ranges_are_where_devices_differ(self, pool: ThinPool, origin: Path) -> None:
+        for block in (0, 1, 2, 50, 300, 301, 700):
+            write(origin, block * BLOCK, os.urandom(BLOCK))
+        with pool.suspended("origin"):
+            pool.create_snap(SNAP, ORIGIN)
+        assert pool.changed_ranges(ORIGIN, SNAP) == []
+        snap = pool.activate("snap", SNAP, SIZE)
+        write(snap, 1 * BLOCK + 5, b"in both")
+        write(snap, 51 * BLOCK, b"where there was none")
+        write(origin, 300 * BLOCK, b"on the other side")
+        expected = [(1, 1), (51, 1), (300, 1)]
+        for one, other in ((ORIGIN, SNAP), (SNAP, ORIGIN)):
+            found = pool.changed_ranges(one, other)
+            assert [(r.begin // BLOCK, r.length // BLOCK) for r in found] == expected
+
+    def test_outside_of_the_changed_ranges_all_bytes_are_equal(
+        self, pool: ThinPool, origin: Path
+    ) -> None:
+        chooser = random.Random(4)
+        blocks = SIZE // BLOCK
+        for block in chooser.sample(range(blocks), 200):
+            write(origin, block * BLOCK, os.urandom(512))
+        pool.create_snap(SNAP, ORIGIN)
+        cousin = ThinId(7)
+        pool.create_snap(cousin, ORIGIN)
+        one = pool.activate("one", SNAP, SIZE)
+        other = pool.activate("other", cousin, SIZE)
+        for device in (one, other):
+            for block in chooser.sample(range(blocks), 40):
+                write(device, block * BLOCK + 4096, os.urandom(512))
+        blockdev.discard(other, 10 * BLOCK, 30 * BLOCK)
+        ranges = pool.changed_ranges(SNAP, cousin)
+        assert ranges == sorted(ranges)
+        changed = {
+            begin // BLOCK + number for begin, length in ranges for number in range(length // BLOCK)
+        }
+        differing = {
+            block
+            for block in range(blocks)
+            if read(one, block * BLOCK, BLOCK) != read(other, block * BLOCK, BLOCK)
+        }
+        assert differing <= changed
+        assert len(changed) <= 110
+
+    def test_changed_ranges_of_unknown_ids(self, pool: ThinPool, origin: Path) -> None:
+        assert pool.changed_ranges(ORIGIN, ORIGIN) == []
+        for one, other in ((ORIGIN, SNAP), (SNAP, ORIGIN)):
+            with pytest.raises(ThinIdMissing):
+                pool.changed_ranges(one, other)
+
+    def test_changed_ranges_while_the_pool_commits(self, pool: ThinPool, origin: Path) -> None:
+        for block in range(0, 900, 3):
+            write(origin, block * BLOCK, b"before")
+        pool.create_snap(SNAP, ORIGIN)
+        snap = pool.activate("snap", SNAP, SIZE)
+        write(snap, 5 * BLOCK, b"known")
+        stop = threading.Event()
+
+        def load() -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                write(snap, (300 + number % 300) * BLOCK, b"%d" % number)
+
+        with ThreadPoolExecutor(1) as executor:
+            running = executor.submit(load)
+            try:
+                for _ in range(20):
+                    found = pool.changed_ranges(ORIGIN, SNAP)
+                    assert found[0] == (5 * BLOCK, BLOCK)
+                    assert all(begin >= 300 * BLOCK for begin, _ in found[1:])
+            finally:
+                stop.set()
+            running.result()
+        assert pool.status().held_metadata_root is None
 
     # The pool and its devices together
 

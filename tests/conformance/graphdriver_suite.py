@@ -30,6 +30,7 @@ from devmapper.errors import (
 from devmapper.linux import loop, mount
 from devmapper.units import MIB
 from tests.conformance.disk_cases import DiskCases
+from tests.conformance.fast_diff import FastDiffCases
 from tests.conformance.graphdriver_base import GRAPH, clean_up
 from tests.conformance.removal_cases import RemovalCases
 from tests.conformance.sizes_and_mounts import SizesAndMounts
@@ -53,7 +54,7 @@ def file_tree(root: Path) -> dict[str, export_tree.Inode]:
     return export_tree.of_tree(root)
 
 
-class GraphDriverSuite(RemovalCases, SizesAndMounts, DiskCases):
+class GraphDriverSuite(RemovalCases, SizesAndMounts, DiskCases, FastDiffCases):
     def test_create_empty(self, driver):
         driver.create("empty")
         assert driver.exists("empty")

@@ -17,6 +17,7 @@ from devmapper.server.metrics.service import MetricsService
 from devmapper.server.observer import Observer
 from devmapper.server.operations import Operations
 from devmapper.server.watch import PoolWatch
+from devmapper.snapshots import Snapshots
 from devmapper.units import MIB
 from tests.conformance.graphdriver_base import GraphDriverBase
 
@@ -104,6 +105,37 @@ class MetricsSuite(GraphDriverBase):
         assert health(service)[0] == 200
         _await(lambda: "is well" in caplog.text)
         assert scrape(service)["devmapper_layers_mounted", ""] == 0
+
+    def test_snapshots_of_containerd(self, driver):
+        snapshots = Snapshots(driver.devices)
+        service = MetricsService(driver, snapshots, Operations(), TcpAddress("127.0.0.1", 0))
+        service.start()
+        try:
+            snapshots.prepare("first")
+            snapshots.commit("image", "first")
+            snapshots.prepare("second", "image")
+            snapshots.view("third", "image")
+            driver.create("other", owner="docker")
+            status, text = _get(service, "/metrics")
+        finally:
+            service.stop()
+            for name in ("third", "second", "image"):
+                snapshots.remove(name)
+            snapshots.close()
+        assert status == 200
+        found = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in parse(text)
+            for sample in family.samples
+        }
+        assert found["devmapper_snapshots", "committed"] == 1
+        assert found["devmapper_snapshots", "active"] == 1
+        assert found["devmapper_snapshots", "view"] == 1
+        assert found["devmapper_layers", "containerd"] == 4  # with the root of all
+        assert found["devmapper_layers", "docker"] == 1
+        named = {key[3] for key in found if key[0] == "devmapper_layer_mapped_bytes"}
+        assert named == {"", "image", "second", "third"}
+        assert found["devmapper_layers", "-"] == 1
 
     def test_a_pool_that_was_let_go(self, driver, service):
         assert scrape(service)["devmapper_pool_up", ""] == 1

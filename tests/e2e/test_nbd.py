@@ -1,5 +1,6 @@
 """Layers over NBD: the command, QEMU's tools, snapshots while a client writes, who holds what."""
 
+import json
 import os
 import re
 import signal
@@ -16,8 +17,9 @@ import pytest
 import devmapper
 from devmapper.driver import Driver
 from devmapper.engine.embedded import runtime
-from devmapper.errors import LayerBusy, UsageError
+from devmapper.errors import LayerBusy, LayerNotMounted, UsageError
 from devmapper.linux import blockdev, mount
+from devmapper.snapshots import Snapshots
 from devmapper.units import MIB
 from tests.support import capabilities, nbd_client, thin_tools
 from tests.support.command import commands
@@ -190,6 +192,10 @@ def test_qemu_img_and_qemu_io(driver, tmp_path):
     )  # fmt: skip
     assert "failed" not in out
     assert "error" not in out.lower()
+    mapped = json.loads(qemu("qemu-img", "map", "--output=json", "-f", "raw", uri))
+    assert sum(part["length"] for part in mapped) == 256 * MIB
+    data = sum(part["length"] for part in mapped if part["data"])
+    assert 20 * MIB <= data < 60 * MIB  # what is not mapped is known, and not read
     listed = qemu("qemu-nbd", "--list", "--socket", socket_of(uri))
     assert "exports available: 1" in listed
     assert re.search(r"size: +268435456", listed)
@@ -242,6 +248,36 @@ def test_a_client_keeps_its_layer(driver):
     assert not Path(socket_of(uri)).exists()
 
 
+def test_put_does_not_end_what_get_did_not_begin(driver):
+    driver.create("vm")
+    uri = driver.serve_nbd("vm")
+    with pytest.raises(LayerNotMounted):
+        driver.put("vm")
+    with NbdClient.ready(socket_of(uri)) as client:
+        assert client.read(0, 512) is not None
+    assert let_go(driver, "vm")
+
+
+def test_a_snapshot_that_was_served_can_be_committed(driver):
+    snapshots = Snapshots(driver.devices)
+    (only,) = snapshots.prepare("key")
+    (layer,) = (
+        each for each in driver.layers() if str(driver.devices.device_path(each)) == only.source
+    )
+    driver.deactivate(layer)
+    path = socket_of(driver.serve_nbd(layer))
+    with NbdClient.ready(path) as client:
+        client.write(200 * MIB, b"not flushed by its client" + bytes(487))
+    assert eventually(lambda: not driver.devices.pool.devices()[0].open_count)
+    snapshots.commit("name", "key")
+    assert driver.devices.pool.devices() == []
+    assert not Path(path).exists()
+    (view,) = snapshots.view("look", "name")
+    with blockdev.opened(Path(view.source), os.O_RDONLY) as fd:
+        assert os.pread(fd, 25, 200 * MIB) == b"not flushed by its client"
+    snapshots.remove("look")
+
+
 def test_a_mounted_layer_is_not_served(driver):
     driver.create("vm")
     with mounted(driver, "vm"), pytest.raises(LayerBusy, match="mounted at"):
@@ -280,7 +316,7 @@ def test_sigterm_to_the_engine_waits_for_clients(driver):
     assert server is not None
     with NbdClient.ready(path) as client:
         server.send_signal(signal.SIGTERM)
-        assert eventually(lambda: "still serving" in paths.log.read_text())
+        assert eventually(lambda: "still serving" in paths.log.read_text(), 60)
         assert f"process {os.getpid()}" in paths.log.read_text()
         client.write(0, b"x" * 512)
         assert client.call(nbd_client.FLUSH) == 0

@@ -24,10 +24,17 @@ def place(tmp_path):
         subprocess.run([sys.executable, "-m", "devmapper.cli.main", *words], check=True)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "docs/tutorial.md",
+        pytest.param("docs/virtual-machines.md", marks=pytest.mark.qemu),
+    ],
+)
 def test_console_examples(document, place):
     listed = [
-        console.Example(example.command.replace("/var/tmp", str(place)), example.output)
+        console.Example(*(text.replace("/var/tmp", str(place)) for text in example))
         for example in console.examples(ROOT / document)
     ]
     assert listed

@@ -80,6 +80,14 @@ def docker() -> str:
 
 
 @functools.cache
+def go() -> str:
+    """Go and the packaged sources that the suites in tests/suites are built from."""
+    from tests.support import go_suite
+
+    return next(filter(None, map(go_suite.missing, go_suite.names())), "")
+
+
+@functools.cache
 def qemu() -> str:
     """QEMU: its tools for images, and a machine in software."""
     packages = {
@@ -115,6 +123,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "fuse": fuse,
     "tools": tools,
     "docker": docker,
+    "go": go,
     "qemu": qemu,
     "uml": uml,
     "kernel": kernel,

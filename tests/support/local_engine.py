@@ -14,6 +14,7 @@ from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.opening import grow
 from devmapper.engine.port import (
     Activation,
+    ChangedRange,
     DeviceInfo,
     EngineFeatures,
     NbdExport,
@@ -23,6 +24,7 @@ from devmapper.engine.port import (
     PoolTable,
     ThinStatus,
 )
+from devmapper.engine.ranges import changed_ranges
 from devmapper.errors import EnvironmentLacking, PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
 from devmapper.thin.blocks import FileDevice
 from devmapper.thin.metadata import PoolMetadata, is_blank
@@ -95,6 +97,11 @@ class LocalPool:
             found.creation_time,
             found.snapshotted_time,
         )
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        self._called("changed_ranges")
+        self.commit()
+        return changed_ranges(self._device, self._metadata.superblock, thin_a, thin_b)
 
     def create_thin(self, thin_id: ThinId) -> None:
         self._called("create_thin")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 IHAVEOPT = 0x49484156454F5054
-READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES = range(7)
-FUA, NO_HOLE = 1, 2
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE = 1, 2, 4, 8
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED_REPLY = 1, 2, 3, 5, 6, 7, 8
-ACK, SERVER, INFO_REPLY = 1, 2, 3
+LIST_META_CONTEXT, SET_META_CONTEXT = 9, 10
+ACK, SERVER, INFO_REPLY, META_CONTEXT = 1, 2, 3, 4
+NO_CHUNK, OFFSET_DATA, STATUS_CHUNK, ERROR_CHUNK = 0, 1, 5, 0x8001
 ERR_UNSUP, ERR_INVALID, ERR_UNKNOWN, ERR_SHUTDOWN = ((1 << 31) + n for n in (1, 3, 6, 7))
 INFO_EXPORT, INFO_NAME, INFO_BLOCK_SIZE = 0, 1, 3
 
@@ -93,7 +95,7 @@ class NbdClient:
         """Ask, and take replies up to the last one."""
         self.option(option, data)
         found = [self.answer()]
-        while found[-1].kind in (SERVER, INFO_REPLY):
+        while found[-1].kind in (SERVER, INFO_REPLY, META_CONTEXT):
             found.append(self.answer())
         assert {each.option for each in found} == {option}
         return found
@@ -130,6 +132,29 @@ class NbdClient:
         assert magic == 0x67446698
         return error, cookie
 
+    def chunk(self) -> tuple[int, int, bytes]:
+        """Kind, cookie and content of a structured reply of one chunk."""
+        magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self.receive(20))
+        assert (magic, flags) == (0x668E33EF, 1)
+        return kind, cookie, self.receive(length)
+
+    def error_chunk(self) -> int:
+        """The error that comes instead of what was asked for."""
+        kind, _, content = self.chunk()
+        assert kind == ERROR_CHUNK
+        error, words = struct.unpack_from(">IH", content)
+        assert len(content) == 6 + words
+        return int(error)
+
+    def extents(self, offset: int, length: int, *, flags: int = 0) -> list[tuple[int, int]]:
+        """What `base:allocation` says: lengths and states."""
+        cookie = self.ask(BLOCK_STATUS, offset, length, flags=flags)
+        kind, answered, content = self.chunk()
+        assert (kind, answered) == (STATUS_CHUNK, cookie)
+        (context,) = struct.unpack_from(">I", content)
+        assert context == 1
+        return list(struct.iter_unpack(">II", content[4:]))
+
     def call(
         self,
         command: int,
@@ -157,3 +182,9 @@ def info_data(name: bytes, *infos: int) -> bytes:
     """The data of INFO and GO."""
     head = struct.pack(">I", len(name)) + name + struct.pack(">H", len(infos))
     return head + b"".join(struct.pack(">H", info) for info in infos)
+
+
+def contexts_data(name: bytes, *queries: bytes) -> bytes:
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    head = struct.pack(">I", len(name)) + name + struct.pack(">I", len(queries))
+    return head + b"".join(struct.pack(">I", len(query)) + query for query in queries)

@@ -47,4 +47,8 @@ printf '%s\n' "$WRITABLE" | while read -r path; do
   mount -t hostfs -o "$path" none "$root$path"
 done
 
-exec chroot $root /bin/sh "$HERE/session.sh"
+# Moved over the old root, not only chroot: who enters a container's mount namespace (runc exec) begins
+# at the root of the namespace, which pivot_root has to have replaced
+cd $root
+mount -n --move . /
+exec chroot . /bin/sh "$HERE/session.sh"

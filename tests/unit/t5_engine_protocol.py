@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -12,7 +13,14 @@ from devmapper import errors
 from devmapper.engine.embedded import protocol
 from devmapper.engine.embedded.operations import OPS, Operations
 from devmapper.engine.embedded.records import ExportedDevice
-from devmapper.engine.port import Activation, PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.port import (
+    Activation,
+    NbdExport,
+    PoolMode,
+    PoolStatus,
+    PoolTable,
+    ThinStatus,
+)
 from devmapper.errors import EngineError, Space
 from devmapper.units import Bytes, ThinId, TransactionId
 
@@ -30,6 +38,17 @@ VALUES = [
     (
         list[ExportedDevice],
         [ExportedDevice("a", ThinId(1), Bytes(512), Activation.LEAVING, 1)],
+    ),
+    (
+        ExportedDevice,
+        ExportedDevice(
+            "a",
+            ThinId(1),
+            Bytes(512),
+            Activation.ACTIVE,
+            1,
+            NbdExport(Path("/s"), read_only=True, clients=("process 1 over NBD",)),
+        ),
     ),
     (Path, Path("/x")),
     (type(None), None),
@@ -96,6 +115,37 @@ def test_every_class_of_the_tree_is_known():
         again = protocol.unpack_error(protocol.pack_error(error))
         assert type(again) is kind
         assert vars(again) == {"hint": "a hint"}
+
+
+def test_what_an_older_version_does_not_say_has_its_default():
+    packed = protocol.pack(ExportedDevice("a", ThinId(1), Bytes(512), Activation.ACTIVE, 1))
+    assert isinstance(packed, dict)
+    del packed["nbd"]
+    assert protocol.unpack(ExportedDevice, packed).nbd is None
+    del packed["open_count"]
+    with pytest.raises(EngineError, match="lacks open_count"):
+        protocol.unpack(ExportedDevice, packed)
+
+
+def test_a_descriptor_travels_and_is_closed_afterwards(tmp_path):
+    here, there = socket.socketpair()
+    with here, there, (tmp_path / "file").open("w+b") as file:
+        protocol.send(here, {"op": "x"}, descriptor=file.fileno())
+        protocol.send(here, {"op": "y"})
+        with protocol.received(there) as (message, descriptor):
+            assert message == {"op": "x"}
+            assert descriptor is not None
+            os.write(descriptor, b"through the socket")
+            assert not os.get_inheritable(descriptor)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+        with protocol.received(there) as (message, descriptor):
+            assert (message, descriptor) == ({"op": "y"}, None)
+        file.seek(0)
+        assert file.read() == b"through the socket"
+        here.close()
+        with pytest.raises(protocol.Disconnected), protocol.received(there):
+            pass
 
 
 def test_an_oserror_keeps_errno_and_file():

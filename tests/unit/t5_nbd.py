@@ -124,7 +124,7 @@ class TestHandshake:
             assert client.answers(nbd.ABORT)[0].kind == nbd.ACK
             assert client.has_ended()
 
-    @pytest.mark.parametrize("option", [nbd.STARTTLS, nbd.STRUCTURED_REPLY, 4, 9, 10, 0xFFFFFFFF])
+    @pytest.mark.parametrize("option", [nbd.STARTTLS, 4, 11, 0xFFFFFFFF])
     def test_what_is_not_spoken_here(self, served, option):
         with NbdClient(served.path) as client:
             assert client.answers(option, b"whatever")[0].kind == nbd.ERR_UNSUP
@@ -195,7 +195,7 @@ class TestHandshake:
         for _ in range(50):
             with NbdClient(served.path) as client:
                 for _ in range(20):
-                    client.option(noise.choice([3, 6, 7, 77]), noise.randbytes(9))
+                    client.option(noise.choice([3, 6, 7, 8, 9, 10, 77]), noise.randbytes(9))
         assert eventually(lambda: not served.service._connections)
         with NbdClient.ready(served.path) as client:
             assert client.read(0, 512) == bytes(512)
@@ -318,6 +318,107 @@ class TestTransmission:
         assert len(commits) == 4
 
 
+@pytest.fixture
+def structured(served: Served) -> Iterator[NbdClient]:
+    """A client of structured replies that may ask what is mapped."""
+    with NbdClient(served.path) as one:
+        assert one.answers(nbd.STRUCTURED_REPLY)[0].kind == nbd.ACK
+        wanted = nbd.contexts_data(b"", b"base:allocation", b"qemu:other")
+        chosen, end = one.answers(nbd.SET_META_CONTEXT, wanted)
+        assert chosen.data == struct.pack(">I", 1) + b"base:allocation"
+        assert end.kind == nbd.ACK
+        one.go()
+        yield one
+
+
+class TestStructuredReplies:
+    def test_reads_are_one_chunk(self, structured):
+        structured.write(512, b"s" * 1024)
+        for flags in (0, nbd.DF):
+            cookie = structured.ask(nbd.READ, 512, 1024, flags=flags)
+            content = struct.pack(">Q", 512) + b"s" * 1024
+            assert structured.chunk() == (nbd.OFFSET_DATA, cookie, content)
+        cookie = structured.ask(nbd.READ, 777, 3)
+        assert structured.chunk() == (nbd.OFFSET_DATA, cookie, struct.pack(">Q", 777) + b"sss")
+        cookie = structured.ask(nbd.READ, 0, 0)
+        assert structured.chunk() == (nbd.NO_CHUNK, cookie, b"")
+        assert structured.flags & 1 << 7
+
+    def test_errors_of_reads_are_chunks(self, structured):
+        for offset, length in ((SIZE, 512), (0, 2**32 - 1)):
+            structured.ask(nbd.READ, offset, length)
+            assert structured.error_chunk() == EINVAL
+        assert structured.call(nbd.WRITE, SIZE, 512, b"x" * 512) == ENOSPC
+
+    def test_what_is_mapped(self, served, structured):
+        assert structured.extents(0, SIZE) == [(SIZE, 3)]
+        structured.write(BLOCK, b"x" * 512)
+        structured.write(2 * BLOCK, b"x" * BLOCK)
+        structured.write(5 * BLOCK, b"x" * 512)
+        assert structured.extents(0, 8 * BLOCK) == [
+            (BLOCK, 3), (2 * BLOCK, 0), (2 * BLOCK, 3), (BLOCK, 0), (2 * BLOCK, 3),
+        ]  # fmt: skip
+        assert structured.extents(BLOCK + 100, BLOCK) == [(BLOCK, 0)]
+        assert structured.extents(0, 8 * BLOCK, flags=nbd.REQ_ONE) == [(BLOCK, 3)]
+        served.pool.create_snap(TWO, ONE)
+        assert structured.extents(BLOCK, BLOCK) == [(BLOCK, 0)]
+        assert structured.call(nbd.TRIM, BLOCK, BLOCK) == 0
+        assert structured.extents(BLOCK, BLOCK) == [(BLOCK, 3)]
+
+    def test_status_of_what_is_not_there(self, structured):
+        for offset, length in ((SIZE, 512), (SIZE - 512, 1024), (0, 0)):
+            structured.ask(nbd.BLOCK_STATUS, offset, length)
+            assert structured.error_chunk() == EINVAL
+
+    def test_who_has_not_asked_gets_simple_replies(self, client):
+        assert client.call(nbd.READ, 0, 512, flags=nbd.DF) == EINVAL
+        assert client.call(nbd.BLOCK_STATUS, 0, 512) == EINVAL
+        assert client.read(0, 512) == bytes(512)
+
+    def test_contexts_are_listed_and_need_structured_replies(self, served):
+        data = nbd.contexts_data(b"")
+        with NbdClient(served.path) as client:
+            for option in (nbd.LIST_META_CONTEXT, nbd.SET_META_CONTEXT):
+                assert client.answers(option, data)[-1].kind == nbd.ERR_INVALID
+            assert client.answers(nbd.STRUCTURED_REPLY, b"x")[0].kind == nbd.ERR_INVALID
+            client.answers(nbd.STRUCTURED_REPLY)
+            for queries, count in (((), 1), ((b"base:",), 1), ((b"qemu:",), 0)):
+                found = client.answers(nbd.LIST_META_CONTEXT, nbd.contexts_data(b"", *queries))
+                assert len(found) == count + 1
+            other = nbd.contexts_data(b"other")
+            assert client.answers(nbd.LIST_META_CONTEXT, other)[0].kind == nbd.ERR_UNKNOWN
+            assert len(client.answers(nbd.SET_META_CONTEXT, data)) == 1
+            client.go()
+            client.ask(nbd.BLOCK_STATUS, 0, 512)
+            assert client.error_chunk() == EINVAL
+
+    def test_a_choice_is_for_one_name(self, served):
+        with NbdClient(served.path) as client:
+            client.answers(nbd.STRUCTURED_REPLY)
+            wanted = nbd.contexts_data(b"device-1", b"base:allocation")
+            assert len(client.answers(nbd.SET_META_CONTEXT, wanted)) == 2
+            client.go(b"")
+            client.ask(nbd.BLOCK_STATUS, 0, 512)
+            assert client.error_chunk() == EINVAL
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            struct.pack(">I", 9),
+            struct.pack(">II", 0, 1),
+            struct.pack(">II", 0, 0xFFFFFFFF),
+            struct.pack(">III", 0, 1, 0xFFFFFFFF),
+            struct.pack(">II", 0, 0) + b"x",
+        ],
+    )
+    def test_contexts_whose_data_are_not_what_they_say(self, served, data):
+        with NbdClient(served.path) as client:
+            client.answers(nbd.STRUCTURED_REPLY)
+            assert client.answers(nbd.SET_META_CONTEXT, data)[0].kind == nbd.ERR_INVALID
+            client.go()
+
+
 class TestHostile:
     def test_a_wrong_magic_ends_the_connection_only(self, served, client):
         client.ask(nbd.READ, 0, 512, magic=0x25609514)
@@ -341,7 +442,7 @@ class TestHostile:
             (nbd.TRIM, 0, 2**32 - 1, EINVAL),
             (nbd.WRITE_ZEROES, 512, SIZE, ENOSPC),
             (nbd.CACHE, 0, 512, EINVAL),
-            (7, 0, 512, EINVAL),
+            (nbd.BLOCK_STATUS, 0, 512, EINVAL),
             (0xFFFF, 0, 512, EINVAL),
         ],
     )

@@ -15,7 +15,7 @@ from devmapper.errors import IntegrityError, ThinIdMissing, UsageError
 from devmapper.thin.blocks import FileDevice, MemoryDevice
 from devmapper.thin.check import CheckReport, DamageKind, check
 from devmapper.thin.checksum import seal
-from devmapper.thin.delta import changed_ranges, delta
+from devmapper.thin.delta import bounded_ranges, changed_ranges, delta
 from devmapper.thin.dump import dump
 from devmapper.thin.format import (
     BITMAP,
@@ -39,8 +39,9 @@ from devmapper.thin.format import (
 )
 from devmapper.thin.format import ENTRIES_PER_BITMAP as ENTRIES
 from devmapper.thin.ls import ls
+from devmapper.thin.metadata import PoolMetadata
 from devmapper.thin.walk import BlockReader
-from devmapper.units import Sectors, TransactionId
+from devmapper.units import Bytes, Sectors, ThinId, TransactionId
 from tests.support import metadata_writer as on_disk
 from tests.support.fixtures import DATA, unpack_image
 from tests.support.metadata_writer import Image
@@ -611,3 +612,25 @@ def test_changed_ranges_read_no_shared_leaf() -> None:
     assert device.reads < 10
     assert list(delta(whole, 1, 2)) == [(0, 4000, "same")]
     assert list(delta(whole, 1, 3)) == [(0, 4000, "differ")]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 500])
+def test_bounded_ranges_lose_nothing(limit: int) -> None:
+    device = MemoryDevice(1024)
+    metadata = PoolMetadata.format(device, data_block_size=Bytes(65536), nr_data_blocks=4096)
+    metadata.create_thin(ThinId(1))
+    metadata.create_thin(ThinId(2))
+    blocks = [*range(0, 900, 3), 5000, 5001, 90_000]
+    data = metadata.allocate_data_blocks(len(blocks))
+    metadata.insert_many(ThinId(1), list(zip(blocks, data, strict=True)))
+    metadata.commit()
+    exact = list(changed_ranges(device, 1, 2))
+    found = bounded_ranges(device, metadata.superblock, 1, 2, limit=limit)
+    assert len(found) == min(limit, len(exact)) or len(found) < limit
+    covered = {block for begin, length in found for block in range(begin, begin + length)}
+    assert set(blocks) <= covered
+    assert found == sorted(found)
+    if limit > len(exact):
+        assert found == exact
+    if limit == 7:
+        assert 50_000 not in covered

@@ -105,8 +105,8 @@ def test_a_sound_pool(graph, pool, table):
         assert value(found, "layers", owner="docker") == 1
         assert value(found, "layers", owner="containerd") == 1
         assert value(found, "layers", owner="-") == 3  # the base layer, one and two
-        assert value(found, "layer_exclusive_bytes", layer="web", owner="docker") == 0
-        assert value(found, "layer_mapped_bytes", layer="base", owner="-") == 0
+        assert value(found, "layer_exclusive_bytes", layer="web", owner="docker", snapshot="") == 0
+        assert value(found, "layer_mapped_bytes", layer="base", owner="-", snapshot="") == 0
         assert value(found, "layers_active") == 0
         (info,) = (dict(labels) for name, labels in found if name == "devmapper_info")
         assert info["engine"] == "local"
@@ -126,10 +126,18 @@ def test_layers_that_take_space(graph):
     with serving(graph) as service:
         found = scrape(service)
     block_size = graph.pool.status().block_size
-    assert value(found, "layer_exclusive_bytes", layer="web", owner="docker") == block_size
-    assert value(found, "layer_mapped_bytes", layer="web", owner="docker") == 4 * block_size
-    assert value(found, "layer_exclusive_bytes", layer="child", owner="-") == 0
-    assert value(found, "layer_mapped_bytes", layer="child", owner="-") == 3 * block_size
+    assert (
+        value(found, "layer_exclusive_bytes", layer="web", owner="docker", snapshot="")
+        == block_size
+    )
+    assert (
+        value(found, "layer_mapped_bytes", layer="web", owner="docker", snapshot="")
+        == 4 * block_size
+    )
+    assert value(found, "layer_exclusive_bytes", layer="child", owner="-", snapshot="") == 0
+    assert (
+        value(found, "layer_mapped_bytes", layer="child", owner="-", snapshot="") == 3 * block_size
+    )
     assert value(found, "pool_data_used_bytes") == 4 * block_size
 
 
@@ -161,7 +169,7 @@ def test_a_layer_whose_name_has_quotes(graph):
     graph.driver.create('a"b\\c')
     with serving(graph) as service:
         found = scrape(service)
-    assert value(found, "layer_exclusive_bytes", layer='a"b\\c', owner="-") == 0
+    assert value(found, "layer_exclusive_bytes", layer='a"b\\c', owner="-", snapshot="") == 0
 
 
 def test_layers_are_measured_once_in_an_interval(graph):

@@ -74,7 +74,8 @@ def test_what_a_frame_shows(graph, overview):
 
 def test_layers_that_do_not_fit_are_counted(overview):
     many = tuple(
-        LayerReading(f"layer{n}", "-", 10, n, n, active=n == 1, mounted=False) for n in range(100)
+        LayerReading(f"layer{n}", "-", "", 10, n, n, active=n == 1, mounted=False)
+        for n in range(100)
     )
     lines = drawn(overview._replace(layers=many), width=80, height=24)
     assert len(lines) <= 24
@@ -82,6 +83,12 @@ def test_layers_that_do_not_fit_are_counted(overview):
     shown = sum(line.startswith("layer") for line in lines)
     assert more.split()[1] == str(100 - shown)
     assert len(drawn(overview._replace(layers=many), width=80)) > 100
+
+
+def test_a_snapshot_is_called_by_its_name(overview):
+    one = LayerReading("snapshot-1f", "containerd", "app", 8, 0, 0, active=True, mounted=False)
+    lines = drawn(overview._replace(layers=(one,)), width=80)
+    assert any(line.split()[:2] == ["app", "containerd"] for line in lines)
 
 
 def test_warnings_and_a_pool_that_does_not_answer(graph):

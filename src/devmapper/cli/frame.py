@@ -183,7 +183,7 @@ def _layers(layers: Sequence[LayerReading], width: int, room: int | None) -> Tab
 
 
 def _cells(layer: LayerReading, width: int) -> list[str]:
-    cells = [printable(layer.id)]
+    cells = [printable(layer.snapshot or layer.id)]
     if width >= _NARROW:
         cells.append(layer.owner)
     cells.append(human_size(layer.exclusive))

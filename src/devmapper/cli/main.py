@@ -8,7 +8,18 @@ from typing import Annotated, Final
 
 import typer
 
-from devmapper.cli import border, content, disks, engine, layers, pool, pool_setup, serve, top
+from devmapper.cli import (
+    border,
+    config,
+    content,
+    disks,
+    engine,
+    layers,
+    pool,
+    pool_setup,
+    serve,
+    top,
+)
 from devmapper.cli.settings import DEFAULT_ROOT, Settings, preference, settings_of
 from devmapper.errors import UsageError
 
@@ -133,6 +144,7 @@ pool.app.command()(pool_setup.create)
 pool.app.command()(pool_setup.resize)
 app.add_typer(pool.app, name="pool")
 app.add_typer(engine.app, name="engine")
+app.add_typer(config.app, name="config")
 
 
 def run(words: list[str]) -> int:

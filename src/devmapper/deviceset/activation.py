@@ -90,7 +90,7 @@ class LayerMounts:
             place = self._place(layer, info)
             if info is None or place is None:
                 self._users.drop(layer)
-                if info is None or info.state is Activation.LEAVING:
+                if info is None or info.state is Activation.LEAVING or info.nbd is not None:
                     raise LayerNotMounted(file_name(layer))
                 self._deactivate(layer, info)  # what an earlier call could not do
                 return 0

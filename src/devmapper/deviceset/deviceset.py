@@ -17,6 +17,7 @@ from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.base import ensure_base
 from devmapper.deviceset.consistency import Consistency, present_in_pool
 from devmapper.deviceset.deletion import DELETION_INTERVAL_SECONDS, Deletion, Deletions
+from devmapper.deviceset.delta import LayerDelta, layer_delta
 from devmapper.deviceset.devinfo import DevInfo, MetaData
 from devmapper.deviceset.disks import LayerDisks
 from devmapper.deviceset.id_maps import ROOT, Owner
@@ -323,6 +324,15 @@ class DeviceSet:
         """The layer's block device while it is active; its socket while it is served over NBD."""
         info = self._mounts.info(internal_layer_id(hash))
         return None if info is None else info.path
+
+    def delta(self, hash: str, other: str) -> LayerDelta | None:  # noqa: A002 - the seed's name
+        """Where the devices of two mounted layers may differ now; None if that is not to be had.
+
+        Both file systems stand still for the moment that it takes to flush them.
+        """
+        return layer_delta(
+            self._graph, self._mounts, internal_layer_id(hash), internal_layer_id(other)
+        )
 
     def get_device_status(self, hash: str) -> DevStatus:  # noqa: A002 - the seed's name
         """Sizes of one layer in bytes and sectors of 512; `LayerNotFound`, `PoolMismatch`.

@@ -108,6 +108,13 @@ class NbdExport(NamedTuple):
         return f"nbd+unix:///?socket={quote(str(self.socket), safe='/:')}"
 
 
+class ChangedRange(NamedTuple):
+    """Where two thin devices may differ, in bytes from their beginning; whole data blocks."""
+
+    begin: Bytes
+    length: Bytes
+
+
 class DeviceInfo(NamedTuple):
     """An activated thin device."""
 
@@ -142,6 +149,15 @@ class ThinPool(Protocol):
 
     def thin_ids(self) -> list[ThinId]: ...
     def thin_status(self, thin_id: ThinId) -> ThinStatus: ...
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        """Where two thin devices may read differently, ascending; everything else is equal.
+
+        What has reached the devices when it is called counts (a write that waits in a cache above
+        has not: `suspended` before).  Equal means the same data block or none on either side, so
+        equal bytes in two data blocks are a range too, and where there are very many ranges, some
+        are merged across what lies between.  `ThinIdMissing`.
+        """
+
     def create_thin(self, thin_id: ThinId) -> None: ...
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
         """Snapshot *origin*; an active origin has to be suspended by the caller (`suspended`)."""

@@ -82,6 +82,11 @@ class Cursor:
         for name in parts[common:]:
             self.enter(name)
 
+    def entries(self) -> list[os.DirEntry[str]]:
+        """Names, inode numbers and mostly kinds of what is here, without a stat of each."""
+        with os.scandir(self.fd) as entries:
+            return list(entries)
+
     def scan(self) -> list[tuple[str, os.stat_result]]:
         """Names and lstat of what is here; names that vanish meanwhile are left out."""
         found = []

@@ -9,12 +9,14 @@ from typing import Final, NamedTuple, Protocol
 
 from devmapper.deviceset.names import file_name
 from devmapper.deviceset.owners import owner_of
+from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.status import Status
 from devmapper.driver import Driver
 from devmapper.engine.port import DeviceInfo
 from devmapper.linux import blockdev, mount
 from devmapper.server.sampling import Sample, Sampler
 from devmapper.snapshots.model import Info
+from devmapper.snapshots.record import NotASnapshot, decode
 from devmapper.units import Bytes
 
 NOBODY: Final = "-"  # owner of a layer that the command line, the Python API or Docker itself made
@@ -35,6 +37,7 @@ class LayerReading(NamedTuple):
 
     id: str
     owner: str
+    snapshot: str  # containerd's key or name of it, "" for all other layers
     size: int
     mapped: int
     exclusive: int
@@ -101,11 +104,12 @@ class Observer:
         active = {info.thin_id: info for info in devices.pool.devices()}
         mounted = _mounted(list(active.values()))
         records = devices.parts.graph.store.load_all()
-        owners = {file_name(layer): owner_of(records[layer]) for layer in records}
+        named = {file_name(layer): records[layer] for layer in records}
         found = [
             LayerReading(
                 each.id,
-                owners.get(each.id) or NOBODY,
+                _owner(named.get(each.id)),
+                _snapshot(named.get(each.id)),
                 each.size,
                 each.mapped,
                 each.exclusive,
@@ -124,6 +128,18 @@ class Observer:
         for info in self._snapshots.walk():
             kinds[info.kind] = kinds.get(info.kind, 0) + 1
         return tuple(sorted(kinds.items()))
+
+
+def _owner(record: LayerRecord | None) -> str:
+    return (owner_of(record) if record else "") or NOBODY
+
+
+def _snapshot(record: LayerRecord | None) -> str:
+    try:
+        found = decode(record) if record else None
+    except NotASnapshot:
+        return ""  # whoever uses the snapshot is told
+    return found.key if found else ""
 
 
 def _mounted(active: Sequence[DeviceInfo]) -> set[int]:

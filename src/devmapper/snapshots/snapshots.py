@@ -265,10 +265,11 @@ class Snapshots:
         info = self._mounts.info(entry.layer)
         if info is None:
             return self._with_device(entry)
-        if info.open_count > 0:
+        if info.open_count > 0 or info.nbd is not None:
             with self._graph.pool.suspended(info.name):
                 log.debug("snapshot %r is in use while it is committed", entry.snapshot.key)
-        blockdev.flush(info.path)
+        if info.nbd is None:
+            blockdev.flush(info.path)
         return self._count(info)
 
     def _with_device(self, entry: Entry) -> int | None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from devmapper.errors import FormatError, ThinIdMissing
-from devmapper.thin.format import MAX_BTREE_DEPTH, MAX_KEY, unpack_u64s
+from devmapper.thin.format import MAX_BTREE_DEPTH, MAX_KEY, Superblock, unpack_u64s
 from devmapper.thin.walk import (
     ALL_KEYS,
     DEVICES,
@@ -69,6 +69,12 @@ def delta(
     Raises `ThinIdMissing`, and `IntegrityError` where damage is met.
     """
     superblock = open_superblock(device, metadata_snap=metadata_snap)
+    return _runs(device, superblock, thin_a, thin_b, include_same=include_same)
+
+
+def _runs(
+    device: BlockReader, superblock: Superblock, thin_a: int, thin_b: int, *, include_same: bool
+) -> Iterator[DeltaRun]:
     left = _Side(device, _mapping_root(device, superblock.data_mapping_root, thin_a))
     right = _Side(device, _mapping_root(device, superblock.data_mapping_root, thin_b))
     run: DeltaRun | None = None
@@ -87,8 +93,51 @@ def changed_ranges(
     device: BlockReader, thin_a: int, thin_b: int, *, metadata_snap: bool = False
 ) -> Iterator[ChangedRange]:
     """Yield where two thin devices may differ in content: the runs that are not `SAME`, merged."""
+    superblock = open_superblock(device, metadata_snap=metadata_snap)
+    return _changed_below(device, superblock, thin_a, thin_b)
+
+
+def bounded_ranges(
+    device: BlockReader, superblock: Superblock, thin_a: int, thin_b: int, *, limit: int
+) -> list[ChangedRange]:
+    """`changed_ranges` below a superblock that was read already, *limit* of them at most.
+
+    Where there are more, the nearest ones are merged, so that no range is lost and memory does not
+    grow with the devices.
+    """
+    found: list[ChangedRange] = []
+    gap = 0
+    for each in _changed_below(device, superblock, thin_a, thin_b):
+        if found and each.begin - _end(found[-1]) <= gap:
+            found[-1] = ChangedRange(found[-1].begin, _end(each) - found[-1].begin)
+            continue
+        found.append(each)
+        while len(found) > limit:
+            gap = 2 * gap + 1
+            found = _merged(found, gap)
+    return found
+
+
+def _end(run: ChangedRange) -> int:
+    return run.begin + run.length
+
+
+def _merged(ranges: list[ChangedRange], gap: int) -> list[ChangedRange]:
+    merged = ranges[:1]
+    for each in ranges[1:]:
+        last = merged[-1]
+        if each.begin - _end(last) <= gap:
+            merged[-1] = ChangedRange(last.begin, _end(each) - last.begin)
+        else:
+            merged.append(each)
+    return merged
+
+
+def _changed_below(
+    device: BlockReader, superblock: Superblock, thin_a: int, thin_b: int
+) -> Iterator[ChangedRange]:
     begin = end = 0
-    for run in delta(device, thin_a, thin_b, metadata_snap=metadata_snap, include_same=False):
+    for run in _runs(device, superblock, thin_a, thin_b, include_same=False):
         if run.begin != end and end > begin:
             yield ChangedRange(begin, end - begin)
         if run.begin != end:

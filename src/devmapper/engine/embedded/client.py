@@ -19,6 +19,7 @@ from devmapper.engine.embedded import protocol, runtime
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.port import (
     Activation,
+    ChangedRange,
     DeviceInfo,
     EngineFeatures,
     NbdExport,
@@ -63,6 +64,9 @@ class EmbeddedPoolClient:
 
     def thin_status(self, thin_id: ThinId) -> ThinStatus:
         return self._ask(ThinStatus, "thin_status", thin_id=thin_id)
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        return self._ask(list[ChangedRange], "changed_ranges", thin_a=thin_a, thin_b=thin_b)
 
     def create_thin(self, thin_id: ThinId) -> None:
         self._order("create_thin", thin_id=thin_id)

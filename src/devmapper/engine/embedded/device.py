@@ -34,6 +34,8 @@ from devmapper.engine.embedded.traffic import Traffic
 from devmapper.thin.format import UNMAPPED
 from devmapper.units import Bytes, ThinId
 
+_STATUS_CHUNKS = 4  # of mappings that one question may load
+
 
 class _Piece(NamedTuple):
     """The part of a request that lies in one block."""
@@ -154,6 +156,20 @@ class ThinDevice:
         """Make the range read as zeros; what is mapped stays so, what is not stays unmapped."""
         self._check_range(offset, length)
         self._zero(offset, length)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Lengths from *offset* on, each with whether it is mapped; of 1 GiB or so at a time."""
+        self._check_range(offset, length)
+        length = min(length, _STATUS_CHUNKS * CHUNK_BLOCKS * self._block_size)
+        found: list[tuple[int, bool]] = []
+        with self.traffic.inside():
+            for piece in self._pieces(offset, length):
+                mapped = piece.raw != UNMAPPED
+                if found and found[-1][1] == mapped:
+                    found[-1] = (found[-1][0] + piece.length, mapped)
+                else:
+                    found.append((piece.length, mapped))
+        return found
 
     def suspend(self) -> None:
         """Hold new I/O back, wait for what is under way and commit; `resume` undoes one call."""

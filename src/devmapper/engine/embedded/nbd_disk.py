@@ -5,10 +5,10 @@ import logging
 from typing import Final
 
 from devmapper.engine.embedded import nbd_format as nbd
-from devmapper.engine.embedded.nbd_format import Command, CommandFlag, TransmissionFlag
+from devmapper.engine.embedded.nbd_format import Allocation, Command, CommandFlag, TransmissionFlag
 from devmapper.engine.embedded.nbd_handshake import Offer
 from devmapper.engine.embedded.sectors import Sectors
-from devmapper.engine.embedded.target import BlockTarget
+from devmapper.engine.embedded.target import MappedTarget
 from devmapper.units import SECTOR_SIZE
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ _MAX_PREFERRED: Final = 1024 * 1024
 _CHANGES: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 # Asked to write behind the end: there is no space.  To read there: that makes no sense
 _FILLS: Final = frozenset({Command.WRITE, Command.WRITE_ZEROES})
+_NOTHING_THERE: Final = int(Allocation.HOLE | Allocation.ZERO)
 # A flush makes durable whatever any client was told is done, hence CAN_MULTI_CONN
 _ABILITIES: Final = (
     TransmissionFlag.HAS_FLAGS
@@ -37,7 +38,7 @@ class NbdDisk:
     write any bytes.
     """
 
-    def __init__(self, name: str, target: BlockTarget, *, read_only: bool) -> None:
+    def __init__(self, name: str, target: MappedTarget, *, read_only: bool) -> None:
         self.name = name
         self.read_only = read_only
         self._target = target
@@ -88,6 +89,21 @@ class NbdDisk:
             self._report(err)
             return errno.EIO
         return 0
+
+    def block_status(self, flags: int, offset: int, length: int) -> tuple[int, bytes]:
+        """Errno, and the extents of `base:allocation`: what is not mapped reads as zeros."""
+        try:
+            extents = self._target.extents(offset, length)
+        except OSError as err:
+            return err.errno or errno.EIO, b""
+        except Exception as err:  # noqa: BLE001 - as in `perform`
+            self._report(err)
+            return errno.EIO, b""
+        if flags & CommandFlag.REQ_ONE:
+            del extents[1:]
+        return 0, b"".join(
+            nbd.EXTENT.pack(run, 0 if mapped else _NOTHING_THERE) for run, mapped in extents
+        )
 
     def _read(self, offset: int, view: memoryview) -> None:
         if (offset | len(view)) & _SECTOR_MASK:

@@ -27,6 +27,10 @@ LENGTH: Final = Struct(">I")  # before a name
 INFO_TYPE: Final = Struct(">H")  # one thing that INFO and GO ask for; before it how many
 INFO_EXPORT: Final = Struct(">HQH")  # Info.EXPORT, size, TransmissionFlag
 INFO_BLOCK_SIZE: Final = Struct(">HIII")  # Info.BLOCK_SIZE, smallest, preferred, largest
+META_CONTEXT: Final = Struct(">I")  # the number of a context, before its name
+
+ALLOCATION: Final = "base:allocation"  # the context that says what is mapped
+ALLOCATION_ID: Final = 1
 
 
 class HandshakeFlag(IntFlag):
@@ -46,6 +50,8 @@ class Option(IntEnum):
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
 
 
 class Reply(IntEnum):
@@ -54,6 +60,7 @@ class Reply(IntEnum):
     ACK = 1
     SERVER = 2
     INFO = 3
+    META_CONTEXT = 4
     ERR_UNSUP = (1 << 31) + 1
     ERR_INVALID = (1 << 31) + 3
     ERR_UNKNOWN = (1 << 31) + 6
@@ -79,16 +86,24 @@ class TransmissionFlag(IntFlag):
     SEND_FUA = 1 << 3
     SEND_TRIM = 1 << 5
     SEND_WRITE_ZEROES = 1 << 6
+    SEND_DF = 1 << 7
     CAN_MULTI_CONN = 1 << 8
 
 
-# Transmission: requests and simple replies
+# Transmission: requests, simple replies, and structured ones for who has asked for them
 
 REQUEST: Final = Struct(">IHHQQI")  # REQUEST_MAGIC, CommandFlag, Command, cookie, offset, length
 SIMPLE_REPLY: Final = Struct(">IIQ")  # SIMPLE_REPLY_MAGIC, error, cookie
 
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
+CHUNK_MAGIC: Final = 0x668E33EF
+CHUNK: Final = Struct(">IHHQI")  # CHUNK_MAGIC, CHUNK_DONE, Chunk, cookie, length of what follows
+CHUNK_DONE: Final = 1  # the last of a reply; ours have one
+DATA_CHUNK: Final = Struct(">IHHQIQ")  # the same, and the offset before the data
+DATA_OFFSET_SIZE: Final = DATA_CHUNK.size - CHUNK.size
+CHUNK_ERROR: Final = Struct(">IH")  # error, length of a message
+EXTENT: Final = Struct(">II")  # length, Allocation
 
 MAX_PAYLOAD: Final = 32 * 1024 * 1024  # what a client may send that was told no other limit
 
@@ -102,6 +117,23 @@ class Command(IntEnum):
     FLUSH = 3
     TRIM = 4
     WRITE_ZEROES = 6
+    BLOCK_STATUS = 7
+
+
+class Chunk(IntEnum):
+    """Kinds of structured replies."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    BLOCK_STATUS = 5
+    ERROR = (1 << 15) + 1
+
+
+class Allocation(IntFlag):
+    """What `base:allocation` says of an extent; 0 is data."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
 
 
 class CommandFlag(IntFlag):
@@ -109,13 +141,17 @@ class CommandFlag(IntFlag):
 
     FUA = 1 << 0
     NO_HOLE = 1 << 1
+    DF = 1 << 2
+    REQ_ONE = 1 << 3
 
 
 # FUA says nothing with a READ or a FLUSH, but the document lets it stand with every command.
 # Plain integers: the complement of an IntFlag has no unknown bits
 FLAGS_OF: Final[dict[int, int]] = {
     **dict.fromkeys(Command, int(CommandFlag.FUA)),
+    Command.READ: int(CommandFlag.FUA | CommandFlag.DF),  # ours are never fragmented
     Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
 
 # The errors that there are, as numbers of the protocol, by what Linux calls them

@@ -17,7 +17,7 @@ from typing import Final
 from devmapper.engine.embedded.nbd_disk import NbdDisk
 from devmapper.engine.embedded.nbd_handshake import BrokenProtocol, Gone, agree
 from devmapper.engine.embedded.nbd_transmission import Transmission
-from devmapper.engine.embedded.target import BlockTarget
+from devmapper.engine.embedded.target import MappedTarget
 from devmapper.engine.port import NbdExport
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class NbdService:
     def __init__(
         self,
         name: str,
-        target: BlockTarget,
+        target: MappedTarget,
         listener: socket.socket,
         path: Path,
         *,
@@ -133,9 +133,9 @@ class NbdService:
     def _serve(self, connection: socket.socket) -> None:
         who = self._connections[connection]
         try:
-            agree(connection, self._disk.offer(), admit=lambda: self._count_in(connection))
+            agreed = agree(connection, self._disk.offer(), admit=lambda: self._count_in(connection))
             log.info("%s is a client of %s", who, self._name)
-            Transmission(connection, self._disk, self._loans).run()
+            Transmission(connection, self._disk, self._loans, agreed).run()
         except (Gone, OSError) as err:
             log.debug("%s: %s has gone: %r", self._name, who, err)
         except BrokenProtocol as err:

@@ -47,6 +47,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
     """
     _remove_stale(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        # The mode that the name gets with bind (unix(7)): there is no moment with another one
+        os.fchmod(listener.fileno(), 0o600)
         try:
             listener.bind(os.fspath(path))
         except OSError as err:
@@ -57,8 +59,6 @@ def listening(path: Path) -> Iterator[socket.socket]:
                 hint="choose another one with --socket",
             ) from err
         try:
-            # Nobody can connect before it listens, whatever the mode was until here
-            path.chmod(0o600)
             listener.listen(_BACKLOG)
             yield listener
         except BaseException:

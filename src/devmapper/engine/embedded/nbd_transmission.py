@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 from devmapper.engine.embedded import nbd_format as nbd
 from devmapper.engine.embedded.nbd_disk import NbdDisk
-from devmapper.engine.embedded.nbd_format import Command
-from devmapper.engine.embedded.nbd_handshake import BrokenProtocol, Gone
+from devmapper.engine.embedded.nbd_format import Chunk, Command, CommandFlag
+from devmapper.engine.embedded.nbd_handshake import Agreement, BrokenProtocol, Gone
 
 _WORKERS: Final = 8
 _BUFFER: Final = 1024 * 1024  # of a worker; a longer request borrows memory for its time
@@ -40,8 +40,13 @@ class Transmission:
     """One client after its handshake.  *loans* is held for each request longer than a buffer."""
 
     def __init__(
-        self, connection: socket.socket, disk: NbdDisk, loans: threading.Semaphore
+        self,
+        connection: socket.socket,
+        disk: NbdDisk,
+        loans: threading.Semaphore,
+        agreed: Agreement,
     ) -> None:
+        self._agreed = agreed
         self._connection = connection
         self._disk = disk
         self._loans = loans
@@ -67,11 +72,21 @@ class Transmission:
 
     def _work(self) -> None:
         buffer = memoryview(mmap.mmap(-1, _BUFFER))
-        header, reply = bytearray(nbd.REQUEST.size), bytearray(nbd.SIMPLE_REPLY.size)
+        header = bytearray(nbd.REQUEST.size)
         while (request := self._next(header, buffer)) is not None:
             flags, command, cookie, offset, length, refusal, view = request
+            if command == Command.BLOCK_STATUS:
+                self._tell_status(request)
+                continue
             number = refusal or self._disk.perform(command, flags, offset, length, view)
-            self._answer(reply, cookie, number, view if command == _READ else _NO_DATA)
+            if command != _READ:
+                self._send(_simple(cookie, number))
+            elif not self._agreed.structured:
+                self._send(_simple(cookie, number), _NO_DATA if number else view)
+            elif number or not view:
+                self._send(_ending(cookie, number))
+            else:
+                self._send(_data_chunk(cookie, offset, length), view)
             if len(view) > _BUFFER:
                 self._loans.release()
 
@@ -103,6 +118,8 @@ class Transmission:
         if command == Command.DISC:
             raise Gone
         refusal = self._disk.refusal(command, flags, offset, length)
+        if flags & CommandFlag.DF and not self._agreed.structured:
+            refusal = errno.EINVAL
         if command not in _MOVES_DATA or (command == _READ and refusal):
             return _Request(flags, command, cookie, offset, length, refusal, _NO_DATA)
         if length > nbd.MAX_PAYLOAD:
@@ -135,27 +152,39 @@ class Transmission:
                 raise Gone
             view = view[received:]
 
-    def _answer(self, reply: bytearray, cookie: int, number: int, data: memoryview) -> None:
-        error = nbd.error_number(number) if number else 0
-        nbd.SIMPLE_REPLY.pack_into(reply, 0, nbd.SIMPLE_REPLY_MAGIC, error, cookie)
+    def _tell_status(self, request: _Request) -> None:
+        refusal = request.refusal
+        if not self._agreed.allocation or not request.length:
+            refusal = errno.EINVAL
+        extents = b""
+        if not refusal:
+            refusal, extents = self._disk.block_status(
+                request.flags, request.offset, request.length
+            )
+        if refusal and not self._agreed.structured:
+            self._send(_simple(request.cookie, refusal))
+        elif refusal:
+            self._send(_ending(request.cookie, refusal))
+        else:
+            body = nbd.META_CONTEXT.pack(nbd.ALLOCATION_ID) + extents
+            self._send(_chunk(Chunk.BLOCK_STATUS, request.cookie, body))
+
+    def _send(self, head: bytes, data: memoryview = _NO_DATA) -> None:
         try:
             with self._sending:
-                if error or not data:
-                    self._connection.sendall(reply)
-                else:
-                    sent = self._connection.sendmsg((reply, data))
-                    if sent < len(reply) + len(data):
-                        self._send_rest(reply, data, sent)
+                if not data:
+                    self._connection.sendall(head)
+                    return
+                sent = self._connection.sendmsg((head, data))
+                if sent < len(head):
+                    self._connection.sendall(head[sent:])
+                    sent = len(head)
+                if sent < len(head) + len(data):
+                    self._connection.sendall(data[sent - len(head) :])
         except OSError:
             # The client has gone amid a request; who receives has to see that, too
             with suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
-
-    def _send_rest(self, reply: bytearray, data: memoryview, sent: int) -> None:
-        if sent < len(reply):
-            self._connection.sendall(memoryview(reply)[sent:])
-            sent = len(reply)
-        self._connection.sendall(data[sent - len(reply) :])
 
     def _add_helper(self) -> None:
         helper = threading.Thread(target=self._work, name="nbd-worker", daemon=True)
@@ -164,3 +193,28 @@ class Transmission:
         except RuntimeError:  # no more threads for this process: those that there are serve on
             return
         self._helpers.append(helper)
+
+
+def _simple(cookie: int, number: int) -> bytes:
+    """The reply that says no more than how it went; data of a READ follow."""
+    error = nbd.error_number(number) if number else 0
+    return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, cookie)
+
+
+def _data_chunk(cookie: int, offset: int, length: int) -> bytes:
+    """What stands before the data of a structured READ: one chunk, which is the last."""
+    follows = nbd.DATA_OFFSET_SIZE + length
+    return nbd.DATA_CHUNK.pack(
+        nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, Chunk.OFFSET_DATA, cookie, follows, offset
+    )
+
+
+def _ending(cookie: int, number: int) -> bytes:
+    """A structured reply without data: an error, or nothing at all."""
+    if not number:
+        return _chunk(Chunk.NONE, cookie)
+    return _chunk(Chunk.ERROR, cookie, nbd.CHUNK_ERROR.pack(nbd.error_number(number), 0))
+
+
+def _chunk(kind: Chunk, cookie: int, body: bytes = b"") -> bytes:
+    return nbd.CHUNK.pack(nbd.CHUNK_MAGIC, nbd.CHUNK_DONE, kind, cookie, len(body)) + body

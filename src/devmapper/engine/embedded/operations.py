@@ -13,7 +13,14 @@ from devmapper.engine.embedded.exports import Exports
 from devmapper.engine.embedded.pool import EmbeddedPool
 from devmapper.engine.embedded.records import ExportedDevice
 from devmapper.engine.embedded.runtime import Paths, check_name
-from devmapper.engine.port import NbdExport, Outcome, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.port import (
+    ChangedRange,
+    NbdExport,
+    Outcome,
+    PoolStatus,
+    PoolTable,
+    ThinStatus,
+)
 from devmapper.errors import EngineError
 from devmapper.units import Bytes, ThinId, TransactionId, thin_id
 
@@ -61,6 +68,9 @@ class Operations:
 
     def thin_status(self, thin_id: ThinId) -> ThinStatus:
         return self._pool.thin_status(thin_id)
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        return self._pool.changed_ranges(thin_a, thin_b)
 
     def create_thin(self, thin_id: ThinId) -> None:
         self._pool.create_thin(_id(thin_id))

@@ -8,9 +8,9 @@ the fast path takes none of them.  `docs/internals/data-path.md` has the whole p
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from devmapper.engine.embedded import opening
 from devmapper.engine.embedded.commit import COMMIT_PERIOD
@@ -19,15 +19,27 @@ from devmapper.engine.embedded.device import ThinDevice
 from devmapper.engine.embedded.metadata_copy import copy_sparse
 from devmapper.engine.embedded.modes import NO_SPACE_TIMEOUT, PoolState
 from devmapper.engine.embedded.opening import PoolDevices
-from devmapper.engine.port import PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.port import ChangedRange, PoolMode, PoolStatus, PoolTable, ThinStatus
+from devmapper.engine.ranges import changed_ranges
 from devmapper.engine.tables import check_table
-from devmapper.errors import PoolFull, PoolMismatch, PoolUnusable, ThinBusy, UsageError
+from devmapper.errors import (
+    IntegrityError,
+    PoolFull,
+    PoolMismatch,
+    PoolUnusable,
+    ThinBusy,
+    ThinIdMissing,
+    UsageError,
+)
 from devmapper.thin.metadata import PoolMetadata
+from devmapper.thin.walk import read_superblock
 from devmapper.units import SECTOR_SIZE, Bytes, ThinId, TransactionId
 
 __all__ = ["EmbeddedPool", "ThinDevice"]
 
 log = logging.getLogger(__name__)
+
+_UNPINNED_TRIES: Final = 3
 
 
 class EmbeddedPool:
@@ -199,6 +211,24 @@ class EmbeddedPool:
             self.commit()
         with self._core.metadata.uncommitted():
             copy_sparse(self._core.table.metadata_device, target)
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        """Commit, then compare the committed trees; nothing waits meanwhile.
+
+        A commit amid it may let blocks of those trees be reused: then what was read does not
+        count.  Where commits come that often the last try keeps them waiting.
+        """
+        if self._state.writable:
+            self.commit()
+        for _ in range(_UNPINNED_TRIES):
+            with suppress(IntegrityError, ThinIdMissing):  # if they are real, the last try says so
+                before = read_superblock(self._metadata_device)
+                found = changed_ranges(self._metadata_device, before, thin_a, thin_b)
+                if read_superblock(self._metadata_device) == before:
+                    return found
+        with self._core.metadata.uncommitted():
+            superblock = read_superblock(self._metadata_device)
+            return changed_ranges(self._metadata_device, superblock, thin_a, thin_b)
 
     def open_device(self, thin_id: ThinId, size: Bytes) -> ThinDevice:
         """Open a thin device as a disk of *size* bytes; `ThinBusy` if it is open already."""

@@ -28,6 +28,7 @@ from devmapper.errors import DevmapperError, EngineError
 VERSION: Final = 1
 MESSAGE_LIMIT: Final = 64 * 1024 * 1024
 _LENGTH: Final = Struct(">I")
+_DESCRIPTOR: Final = Struct("=i")
 _PIECE: Final = 1 << 20
 _ENDED: Final = "the connection to the engine process has ended"
 
@@ -60,8 +61,15 @@ def receive(connection: socket.socket) -> dict[str, Any]:
 @contextmanager
 def received(connection: socket.socket) -> Iterator[tuple[dict[str, Any], int | None]]:
     """As `receive`, with the descriptor that came along, which is closed afterwards."""
-    flags = socket.MSG_CMSG_CLOEXEC
-    head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1, flags)
+    # Not `socket.recv_fds`, which forgets its flags
+    room = socket.CMSG_SPACE(_DESCRIPTOR.size)
+    head, sent_along, _, _ = connection.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors = [
+        descriptor
+        for level, kind, data in sent_along
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (descriptor,) in _DESCRIPTOR.iter_unpack(data)
+    ]
     try:
         if not head:
             raise Disconnected(_ENDED)

@@ -37,3 +37,13 @@ class BlockTarget(Protocol):
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeros without unmapping what is mapped."""
+
+
+class MappedTarget(BlockTarget, Protocol):
+    """A target that tells where it has data."""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """The run of bytes from *offset* as lengths, each with whether it is mapped.
+
+        At least one, and no more than *length* together; neighbours differ.
+        """

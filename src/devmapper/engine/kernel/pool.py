@@ -30,6 +30,7 @@ from devmapper.engine.kernel.status import PoolLine, parse_pool
 from devmapper.engine.kernel.tableline import THIN
 from devmapper.engine.port import (
     Activation,
+    ChangedRange,
     DeviceInfo,
     NbdExport,
     Outcome,
@@ -99,6 +100,15 @@ class KernelPool:
     def thin_status(self, thin_id: ThinId) -> ThinStatus:
         def question(device: DirectDevice, superblock: Superblock) -> ThinStatus:
             return queries.thin_status(device, superblock, thin_id)
+
+        return self._ask_metadata(question)
+
+    def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
+        """Reads as much of the mapping trees as differs."""
+        from devmapper.engine.ranges import changed_ranges
+
+        def question(device: DirectDevice, superblock: Superblock) -> list[ChangedRange]:
+            return changed_ranges(device, superblock, thin_a, thin_b)
 
         return self._ask_metadata(question)
 

@@ -15,6 +15,7 @@ from devmapper.server.observer import LayerReading, LayersReading, Observer, Poo
 
 OTHERS: Final = "(others)"  # no layer can have this id
 MAX_LAYERS: Final = 1000
+_LAYER_LABELS: Final = ("layer", "owner", "snapshot")
 LAYERS_INTERVAL_SECONDS: Final = 60.0
 
 
@@ -115,15 +116,15 @@ class GraphCollector(Collector):
         exclusive = GaugeMetricFamily(
             "devmapper_layer_exclusive_bytes",
             "Data that only this layer uses: what removing it gives back",
-            labels=("layer", "owner"),
+            labels=_LAYER_LABELS,
         )
         mapped = GaugeMetricFamily(
             "devmapper_layer_mapped_bytes",
             "Data that this layer uses, alone or with others",
-            labels=("layer", "owner"),
+            labels=_LAYER_LABELS,
         )
         for layer in _capped(reading.layers, self._max_layers):
-            labels = (_text(layer.id), _text(layer.owner))
+            labels = (_text(layer.id), _text(layer.owner), _text(layer.snapshot))
             exclusive.add_metric(labels, layer.exclusive)
             mapped.add_metric(labels, layer.mapped)
         yield exclusive
@@ -163,6 +164,7 @@ def _capped(layers: Sequence[LayerReading], limit: int) -> list[LayerReading]:
         so_far = rest.get(layer.owner)
         rest[layer.owner] = layer._replace(
             id=OTHERS,
+            snapshot="",
             mapped=layer.mapped + (so_far.mapped if so_far else 0),
             exclusive=layer.exclusive + (so_far.exclusive if so_far else 0),
         )

@@ -1,0 +1,1 @@
+"""What the other side has to be told so that it uses the daemon, and whether that works."""
