@@ -296,7 +296,7 @@ def test_a_full_pool(tmp_path):
 
 def is_full(client: PluginClient) -> bool:
     rows = dict(client("Status")["Status"])
-    return rows["Data Space Available"] == "0 B"
+    return bool(rows["Data Space Available"] == "0 B")
 
 
 def test_who_it_belongs_to_is_listed(daemon, client):
