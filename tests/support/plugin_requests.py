@@ -1,4 +1,4 @@
-"""Requests of Docker's plugin protocol one by one, right and wrong ones, as moby `pkg/plugins` sends them."""
+"""Requests of Docker's plugin protocol one by one, right and wrong, as moby `pkg/plugins` sends them."""
 
 import http.client
 import json
