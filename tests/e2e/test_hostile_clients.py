@@ -16,15 +16,15 @@ from typing import TypeAlias
 
 import grpc
 import pytest
+from devmapper.server.docker.streams import PIECE
 
 from devmapper.linux import mount as mounts
 from devmapper.server.containerd.api import mount_pb2
 from devmapper.server.containerd.api import snapshots_pb2 as api
-from devmapper.server.docker.streams import PIECE
 from devmapper.units import MIB
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import records
-from tests.support.plugin_client import PluginClient, PluginError
+from tests.support.layers_client import PluginClient, PluginError
 from tests.support.snapshots_client import SERVICE, SnapshotsClient, connected
 from tests.support.soak_containerd import mount
 

@@ -13,7 +13,7 @@ import pytest
 from devmapper.linux import mount as mounts
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import records
-from tests.support.plugin_client import PluginClient, PluginError
+from tests.support.layers_client import PluginClient, PluginError
 from tests.support.snapshots_client import SnapshotsClient, connected
 from tests.support.soak_containerd import mount
 

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 import pytest
 
-from tests.support.plugin_client import PluginClient, PluginError
+from tests.support.layers_client import PluginClient, PluginError
 from tests.support.soak import (
     SHARED,
     Client,

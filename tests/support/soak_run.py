@@ -13,7 +13,7 @@ from devmapper.engine.runtime import runtime_base
 from devmapper.linux import mount
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import check_consistent, records
-from tests.support.plugin_client import PluginClient
+from tests.support.layers_client import PluginClient
 from tests.support.snapshots_client import connected
 from tests.support.soak import SHARED, Client, Rig, write_files
 from tests.support.soak_containerd import ContainerdClient
