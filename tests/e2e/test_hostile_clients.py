@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import grpc
 import pytest
-from devmapper.server.docker.streams import PIECE
+from devmapper.server.streams import PIECE
 
 from devmapper.linux import mount as mounts
 from devmapper.server.containerd.api import mount_pb2
