@@ -333,7 +333,7 @@ def test_containers_in_a_user_namespace(dm):
 # What is wrong
 
 
-def make_no_sense(dm, tmp_path):
+def make_no_sense(dm: Command, tmp_path: Path) -> None:
     assert dm.fails(10, "create", "b", "--parent", "nobody") == "layer 'nobody' does not exist"
     assert dm.fails(11, "create", "a") == "layer 'a' already exists"
     assert dm.fails(11, "import", "a", "-") == "layer 'a' already exists"

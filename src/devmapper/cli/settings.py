@@ -97,7 +97,7 @@ def at_daemon(settings: Settings) -> "RemoteGraph | None":
     while socket is not None:
         remote = RemoteGraph(socket)
         try:
-            remote.check_answers()
+            remote.check_answers(_ANSWER_SECONDS)
         except OSError as err:
             if time.monotonic() >= deadline:
                 raise _locked(settings, "it does not answer: see its log") from err

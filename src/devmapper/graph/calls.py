@@ -21,6 +21,8 @@ from devmapper.layerdiff.changes import Change
 VERSION: Final = "v1"
 DIFF: Final = "diff"
 APPLY: Final = "apply"
+HELLO: Final = "hello"  # takes `Nothing`, answers at once with an object
+OVERVIEW: Final = "overview"  # takes `Nothing`, answers with `devmapper.server.overview`'s JSON
 
 A = TypeVar("A")
 R = TypeVar("R")

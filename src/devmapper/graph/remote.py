@@ -53,10 +53,16 @@ class RemoteGraph:
         """*path* is the daemon's control socket; nothing is sent yet."""
         self._path = path
 
-    def check_answers(self) -> None:
-        """`OSError` if nobody listens."""
-        with _connected(self._path):
-            pass
+    def check_answers(self, seconds: float) -> None:
+        """`OSError` if nobody listens, or whoever does says nothing within *seconds*."""
+        with closing(http.client.HTTPConnection("localhost")) as connection:
+            connection.sock = _connected(self._path)
+            connection.sock.settimeout(seconds)
+            try:
+                connection.request("POST", _url(calls.HELLO), _dumps(calls.Nothing()))
+                connection.getresponse().read()
+            except http.client.HTTPException as err:
+                raise ConnectionError(f"no answer in HTTP: {err}") from err
 
     def agree(
         self, engine: str, storage_options: tuple[str, ...], id_maps: tuple[str, ...]
@@ -149,6 +155,12 @@ class RemoteGraph:
                 raise
             with _wording():
                 return _result(connection.getresponse(), calls.Size).size
+
+    def overview(self) -> dict[str, object]:
+        """What `devmapper top` shows, for `devmapper.server.overview.from_json`."""
+        with self._connection() as connection, _wording():
+            connection.request("POST", _url(calls.OVERVIEW), _dumps(calls.Nothing()))
+            return failures.loads(_checked(connection.getresponse()).read())
 
     def _call(self, call: Call[A, R], arguments: A) -> R:
         with self._connection() as connection, _wording():

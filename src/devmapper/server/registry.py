@@ -76,7 +76,9 @@ def imported(name: str) -> Any:  # noqa: ANN401 - a class of a module that is im
 
 
 def _control(ground: Ground, socket: Path) -> Service:
-    made: Service = imported("control")(ground.driver, ground.snapshots, ground.operations, socket)
+    made: Service = imported("control")(
+        ground.driver, ground.snapshots, ground.operations, socket, observer=ground.observer
+    )
     return made
 
 

@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,7 +33,9 @@ from devmapper.graph.frames import (
 from devmapper.graph.local import LocalGraph
 from devmapper.server.control.answers import Answer, answers, status_of
 from devmapper.server.http import HttpService
+from devmapper.server.observer import Observer
 from devmapper.server.operations import Operations
+from devmapper.server.overview import look, own_version, to_json
 from devmapper.server.service import STOP_SECONDS
 from devmapper.server.streams import Intake, Outlet
 
@@ -59,10 +62,15 @@ class ControlService(HttpService):
         snapshots: "Snapshots | None",
         operations: Operations,
         socket: Path,
+        *,
+        observer: Observer | None = None,
     ) -> None:
+        """With *observer* what others have measured is shared; it is not stopped here then."""
         super().__init__(NAME, socket, self._application)
         self._graph = LocalGraph(driver, snapshots)
         self._operations = operations
+        self._observer = observer or Observer(driver, snapshots)
+        self._own_observer = observer is None
         self._answers = answers()
         self._streams: ThreadPoolExecutor | None = None
 
@@ -77,12 +85,16 @@ class ControlService(HttpService):
         if self._streams is not None:
             self._streams.shutdown(wait=False, cancel_futures=True)
             self._streams = None
+        if self._own_observer:
+            self._observer.stop()
 
     def _application(self) -> web.Application:
         made = web.Application(client_max_size=MAX_REQUEST, middlewares=[_in_one_form])
         prefix = f"/{calls.VERSION}"
         made.router.add_post(f"{prefix}/{calls.DIFF}", self._diff)
         made.router.add_post(f"{prefix}/{calls.APPLY}", self._apply)
+        made.router.add_post(f"{prefix}/{calls.HELLO}", self._hello)
+        made.router.add_post(f"{prefix}/{calls.OVERVIEW}", self._overview)
         for name, answer in self._answers.items():
             made.router.add_post(f"{prefix}/{name}", self._handler(name, answer))
         return made
@@ -107,6 +119,15 @@ class ControlService(HttpService):
             self._graph.remove(asked.layer)
         except (DevmapperError, OSError) as err:
             log.warning("layer %r, whose maker has gone, stays: %s", asked.layer, err)
+
+    async def _hello(self, request: web.Request) -> web.Response:
+        decoded(calls.Nothing, await request.read())
+        return web.json_response({"pid": os.getpid(), "version": own_version()})
+
+    async def _overview(self, request: web.Request) -> web.Response:
+        decoded(calls.Nothing, await request.read())
+        found = await self.in_thread(look, self._observer, self._operations)
+        return web.json_response(to_json(found))
 
     async def _diff(self, request: web.Request) -> web.StreamResponse:
         asked = decoded(calls.Comparison, await request.read())
@@ -137,7 +158,8 @@ class ControlService(HttpService):
                 out.write(pack(Kind.DATA, piece))
 
     async def _apply(self, request: web.Request) -> web.Response:
-        intake = Intake(asyncio.get_running_loop(), request.content, b"")
+        # A producer may wait for ever with what it has sent, and that may be damaged
+        intake = Intake(asyncio.get_running_loop(), request.content, b"", least=1)
         with self._operations.measure(NAME, calls.APPLY):
             size = await self._in_stream_thread(lambda: self._read_tar(intake))
         return web.json_response(encode(calls.Size(size)))
