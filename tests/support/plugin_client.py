@@ -2,13 +2,13 @@
 
 import http.client
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0
+from tests.support.unix_http import UnixConnection
+
 _ACCEPT = {"Accept": "application/vnd.docker.plugins.v1.2+json"}
 
 
@@ -20,23 +20,12 @@ class PluginError(Exception):
         self.status = status
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("plugin", timeout=SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 class PluginClient:
     """For one thread.  Methods raise `PluginError`; `OSError` and `HTTPException` where the
     connection is lost, which is made anew by the next call."""
 
     def __init__(self, path: Path) -> None:
-        self._connection = _UnixConnection(path)
+        self._connection = UnixConnection(path)
 
     def call(self, name: str, **members: Any) -> dict[str, Any]:
         """A request in JSON; `None` as a member is left out."""
