@@ -66,6 +66,7 @@ class Calls:
             storage_opt=request.storage_opt,
             owner=DOCKER,
         )
+        self._transfers.forget(request.id)  # of a layer before it that others have removed
         return NOTHING
 
     def remove(self, request: LayerRequest) -> Reply:
