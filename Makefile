@@ -43,8 +43,8 @@ test-kernel: $(STAMP) machines ## the tests of the kernel's device mapper alone,
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
 	@$(PY) -m tests.uml
 
-soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs
-	MODEL_STEPS=5000 KILLS=100 $(PY) -m pytest -q --timeout 7200 tests/crash tests/unit/t4_metadata.py
+soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs, clients for ten minutes
+	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 $(PY) -m pytest -q --timeout 7200 tests/crash tests/unit/t4_metadata.py
 
 demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 	@$(PY) tools/demo.py

@@ -648,6 +648,9 @@ class EngineSuite:
         for one, other in ((ORIGIN, SNAP), (SNAP, ORIGIN)):
             found = pool.changed_ranges(one, other)
             assert [(r.begin // BLOCK, r.length // BLOCK) for r in found] == expected
+        assert pool.own_blocks(SNAP, ORIGIN) == pool.own_blocks(ORIGIN, SNAP) + 1 == 3
+        blockdev.discard(snap, 50 * BLOCK, BLOCK)  # what it has lost is not its own
+        assert pool.own_blocks(SNAP, ORIGIN) == 3
 
     def test_outside_of_the_changed_ranges_all_bytes_are_equal(
         self, pool: ThinPool, origin: Path

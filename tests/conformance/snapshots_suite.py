@@ -231,7 +231,8 @@ class SnapshotsSuite(GraphDriverBase):
                 (top / str(number)).touch()
             os.sync()
             assert snapshots.usage("k").inodes == 7
-            (top / "a").write_bytes(os.urandom(4 * MIB))  # overwritten, not added
+            with (top / "a").open("r+b") as file:
+                file.write(os.urandom(4 * MIB))  # overwritten, not added
             os.sync()
             assert snapshots.usage("k").size >= 4 * MIB
         snapshots.commit("b", "k")

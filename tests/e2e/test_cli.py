@@ -23,14 +23,24 @@ from devmapper.thin.checksum import seal
 from devmapper.thin.metadata import PoolMetadata
 from tests.support import thin_tools
 from tests.support.command import SMALL, Command, commands
+from tests.support.daemon import served
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
 
-@pytest.fixture
-def dm(tmp_path):
-    with commands(tmp_path / "home") as command:
-        yield command
+@pytest.fixture(params=["direct", "daemon"])
+def dm(request, tmp_path):
+    """The command, which opens the graph itself or goes through the daemon that holds it."""
+    if request.param == "direct":
+        with commands(tmp_path / "home") as command:
+            yield command
+    else:
+        with served(tmp_path, home=tmp_path / "home") as daemon:
+            yield daemon.command
+
+
+# What nobody does while a daemon holds the graph, such as stopping the engine
+direct = pytest.mark.parametrize("dm", ["direct"], indirect=True)
 
 
 def tar_of(*members: "tuple[str, bytes] | tarfile.TarInfo", compression: str = "") -> bytes:
@@ -101,9 +111,9 @@ def test_what_is_printed_for_people(dm):
     dm("create", "b", "--parent", "a")
     dm("get", "b")
     lines = dm("ls").text.splitlines()
-    assert lines[0].split() == ["ID", "SIZE", "MAPPED", "EXCLUSIVE", "SHARED", "STATE"]
-    assert [(line.split()[0], line.split()[-1]) for line in lines[1:]] == [
-        ("base", "-"), ("a", "-"), ("b", "mounted"),
+    assert lines[0].split() == ["ID", "SIZE", "MAPPED", "EXCLUSIVE", "SHARED", "STATE", "OWNER"]
+    assert [(line.split()[0], *line.split()[-2:]) for line in lines[1:]] == [
+        ("base", "-", "-"), ("a", "-", "-"), ("b", "mounted", "-"),
     ]  # fmt: skip
     info = dm("info").text.splitlines()
     assert info[0] == "Storage Driver: devicemapper"
@@ -118,7 +128,10 @@ def test_what_is_printed_for_people(dm):
 def test_json_has_stable_keys(dm):
     assert dm("--json", "create", "a").json == {"id": "a", "parent": ""}
     path = dm("--json", "get", "a").json["path"]
-    keys = ["id", "device_id", "size", "mapped", "exclusive", "shared", "active", "mounted"]
+    keys = [
+        "id", "device_id", "size", "mapped", "exclusive", "shared", "active", "mounted",
+        "owner", "snapshot",
+    ]  # fmt: skip
     listed = dm("--json", "ls").json
     assert [list(each) for each in listed] == [keys, keys]
     assert listed[1]["mounted"] is True
@@ -144,7 +157,13 @@ def test_json_has_stable_keys(dm):
     assert dm("--json", "put", "a").json == {"id": "a"}
     assert dm("--json", "rm", "a").json == {"removed": ["a"], "put_off": []}
     assert dm("--json", "pool", "check").json["clean"] is True
-    assert dm("--json", "engine", "stop").json == {"pool": engine["pool"], "stopped": True}
+
+
+@direct
+def test_json_of_an_engine_that_stops(dm):
+    dm("create", "a")
+    pool = dm("--json", "engine", "status").json["pool"]
+    assert dm("--json", "engine", "stop").json == {"pool": pool, "stopped": True}
     assert dm("--json", "engine", "status").json["running"] is False
 
 
@@ -202,6 +221,7 @@ def test_pool_grows_while_a_layer_is_mounted(dm):
     dm("put", "a")
 
 
+@direct
 def test_check_and_dump_of_the_pool_in_use_and_at_rest(dm):
     dm("create", "a")
     root = Path(dm("get", "a").text.strip())
@@ -216,6 +236,7 @@ def test_check_and_dump_of_the_pool_in_use_and_at_rest(dm):
     assert thin_tools.thin_dump(dm.home / "devicemapper/metadata") == dump
 
 
+@direct
 def test_engine_does_not_stop_under_a_mounted_layer_unless_forced(dm):
     dm("create", "a")
     root = Path(dm("get", "a").text.strip())
@@ -231,6 +252,7 @@ def test_engine_does_not_stop_under_a_mounted_layer_unless_forced(dm):
     dm("engine", "stop")
 
 
+@direct
 def test_layers_survive_a_killed_engine(dm):
     dm("import", "a", "-", stdin=tar_of(("one", b"1")))
     os.kill(dm("--json", "engine", "status").json["process"], signal.SIGKILL)
@@ -265,6 +287,7 @@ def test_twenty_commands_at_the_same_time(dm):
         dm("put", name)
 
 
+@direct
 def test_first_commands_at_the_same_time_make_one_graph(dm):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: dm("create", name), "abcd"))
@@ -278,6 +301,7 @@ def test_of_two_that_make_the_same_layer_one_is_told_no(dm):
     assert sorted(ended.status for ended in ends) == [0, 11, 11, 11]
 
 
+@direct
 def test_sizes_of_their_own(dm):
     dm("create", "a")
     dm("create", "b", "--parent", "a", "--size", "1.5 G")
@@ -297,6 +321,7 @@ def test_sizes_of_their_own(dm):
     assert info["status"]["Base Device Size"] == "536.9 MB"
 
 
+@direct
 def test_containers_in_a_user_namespace(dm):
     dm("create", "a")
     root = Path(dm("--id-map", "0:100000:65536", "get", "a").text.strip())
@@ -308,10 +333,7 @@ def test_containers_in_a_user_namespace(dm):
 # What is wrong
 
 
-def test_requests_that_make_no_sense_change_nothing(dm, tmp_path):
-    dm("create", "a")
-    dm("engine", "stop")
-    before = dm.state()
+def make_no_sense(dm: Command, tmp_path: Path) -> None:
     assert dm.fails(10, "create", "b", "--parent", "nobody") == "layer 'nobody' does not exist"
     assert dm.fails(11, "create", "a") == "layer 'a' already exists"
     assert dm.fails(11, "import", "a", "-") == "layer 'a' already exists"
@@ -323,6 +345,20 @@ def test_requests_that_make_no_sense_change_nothing(dm, tmp_path):
     assert "No such file" in dm.fails(1, "import", "b", tmp_path / "missing.tar")
     assert "No such file" in dm.fails(1, "apply", "a", tmp_path / "missing.tar")
     assert "Is a directory" in dm.fails(1, "apply", "a", tmp_path)
+
+
+def test_requests_that_make_no_sense_are_told_the_same_by_whoever_holds_the_graph(dm, tmp_path):
+    dm("create", "a")
+    make_no_sense(dm, tmp_path)
+    assert [each["id"] for each in dm("--json", "ls").json] == ["base", "a"]
+
+
+@direct
+def test_requests_that_make_no_sense_change_nothing(dm, tmp_path):
+    dm("create", "a")
+    dm("engine", "stop")
+    before = dm.state()
+    make_no_sense(dm, tmp_path)
     for option, fragment in {
         "dm.nonsense=1": "storage option 'dm.nonsense' is unknown",
         "nonsense": "storage option 'nonsense' has no value",
@@ -408,6 +444,7 @@ def test_records_and_pool_are_compared(dm):
     assert "1 findings" in dm.run("check").message
 
 
+@direct
 def test_without_a_graph_only_create_and_import_make_one(dm):
     for words in (["ls"], ["info"], ["exists", "a"], ["pool", "status"], ["pool", "check"],
                   ["engine", "status"], ["engine", "stop"]):  # fmt: skip
@@ -678,6 +715,7 @@ def test_a_disk_that_cannot_be_written(tmp_path):
         dm.run("engine", "stop")
 
 
+@direct
 def test_heavy_modules_are_not_imported_for_exists(dm):
     dm("create", "a")
     words = [sys.executable, "-X", "importtime", *dm.argv("exists", "a")[1:]]
@@ -739,6 +777,7 @@ def test_a_pool_that_asks_for_a_check_is_writable_after_it(tmp_path):
         assert dm("--json", "pool", "status").json["mode"] == "rw"
 
 
+@direct
 def test_another_block_size_is_refused_while_the_pool_is_in_use(dm):
     dm("create", "a")
     ended = dm.run("ls", options=("dm.blocksize=128K",))

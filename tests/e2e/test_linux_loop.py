@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from devmapper.engine.embedded import attachment
 from devmapper.linux import blockdev, files, loop
 from devmapper.linux.loop import Detached
 from devmapper.units import Bytes
@@ -172,3 +173,14 @@ def test_a_missing_file_and_a_device_without_file(tmp_path: Path, backing: Path)
         with pytest.raises(OSError, match="LOOP_GET_STATUS64") as caught:
             loop.status(device)
         assert caught.value.errno == errno.ENXIO
+
+
+def test_a_device_whose_attachment_was_killed_gets_its_size(backing: Path) -> None:
+    """As SIGKILL amid LOOP_CONFIGURE leaves it: attached, and empty."""
+    os.truncate(backing, 0)
+    device = loop.attach(backing)
+    os.truncate(backing, 8 * MIB)
+    assert loop.capacity(device) == 0
+    assert attachment.attach(backing) == device
+    assert loop.capacity(device) == 8 * MIB
+    loop.detach(device)

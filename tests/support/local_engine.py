@@ -27,6 +27,7 @@ from devmapper.engine.port import (
 from devmapper.engine.ranges import changed_ranges
 from devmapper.errors import EnvironmentLacking, PoolMismatch, ThinBusy, ThinIdExists, ThinIdMissing
 from devmapper.thin.blocks import FileDevice
+from devmapper.thin.delta import own_blocks
 from devmapper.thin.metadata import PoolMetadata, is_blank
 from devmapper.units import Bytes, ThinId, TransactionId
 
@@ -102,6 +103,11 @@ class LocalPool:
         self._called("changed_ranges")
         self.commit()
         return changed_ranges(self._device, self._metadata.superblock, thin_a, thin_b)
+
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        self._called("own_blocks")
+        self.commit()
+        return own_blocks(self._device, self._metadata.superblock, thin_id, origin)
 
     def create_thin(self, thin_id: ThinId) -> None:
         self._called("create_thin")

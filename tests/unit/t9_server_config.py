@@ -168,6 +168,11 @@ def test_files_that_cannot_be_read(tmp_path):
         read_file(tmp_path / "latin")
 
 
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(UsageError, match="option --root is"):
+        with_options(Config(), {"root": "/srv/\udcff"})
+
+
 def test_a_table_that_is_there_is_served_unless_it_says_no(tmp_path):
     def read(text: str) -> Config:
         return with_file(Config(), _write(tmp_path, text))
@@ -200,8 +205,7 @@ def test_every_key_is_an_option():
     command = typer.main.get_command(main.app)
     options = {
         option
-        for each in (command, command.commands["serve"])  # type: ignore[attr-defined]
-        for parameter in each.params
+        for parameter in command.commands["serve"].params  # type: ignore[attr-defined]
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     for key in KEYS:
@@ -225,6 +229,9 @@ def test_options_before_the_command_and_the_file(tmp_path, capsys, monkeypatch):
     assert effective("serve")["root"] == "/srv/file"
     assert effective("--root", "/srv/line", "serve")["root"] == "/srv/line"
     assert effective("--engine", "auto", "serve")["engine"] == "auto"
+    assert effective("--root", "/srv/line", "serve", "--root", "/srv/last")["root"] == "/srv/last"
+    two = effective("serve", "--storage-opt=dm.fs=xfs", "--storage-opt=dm.basesize=1G")
+    assert two["storage-opts"] == ["dm.fs=xfs", "dm.basesize=1G"]
     assert effective("-vv", "serve")["log-level"] == "debug"
     assert effective("-v", "serve", "--log-level", "warning")["log-level"] == "warning"
     monkeypatch.setenv("DEVMAPPER_ROOT", "/srv/env")

@@ -10,6 +10,7 @@ PACKAGE = Path(devmapper.units.__file__).parent
 # A module may import from its own rung and from those to the right of it in this table.
 ALLOWED: dict[str, set[str]] = {
     "server": {
+        "graph",
         "driver",
         "snapshots",
         "deviceset",
@@ -22,6 +23,18 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "server",
+        "graph",
+        "driver",
+        "snapshots",
+        "deviceset",
+        "layerdiff",
+        "engine",
+        "linux",
+        "thin",
+        "units",
+        "errors",
+    },
+    "graph": {
         "driver",
         "snapshots",
         "deviceset",

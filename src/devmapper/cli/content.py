@@ -12,11 +12,11 @@ import typer
 
 from devmapper.cli.arguments import Layer, NewLayer, Parent
 from devmapper.cli.output import binary_stdout, new_file, printable, progress, show
-from devmapper.cli.settings import check_layer_ids, opened_driver, settings_of
-from devmapper.errors import LayerExists, LayerNotFound, UsageError
+from devmapper.cli.settings import check_layer_ids, opened_graph, settings_of
+from devmapper.errors import LayerExists, UsageError
 
 if TYPE_CHECKING:
-    from devmapper.driver import Driver
+    from devmapper.graph.model import OpenGraph
 
 _STDIN: Final = "-"
 _CHUNK: Final = 1 << 18
@@ -42,16 +42,13 @@ def diff(
     check_layer_ids(layer, *filter(None, [parent]))
     if not output:
         out = binary_stdout()
-        with opened_driver(settings) as driver:
-            _require(driver, layer, parent)
-            _write_diff(driver, layer, parent, out)
+        with opened_graph(settings) as graph:
+            _write_diff(graph, layer, parent, out)
             out.flush()
         return
-    with opened_driver(settings) as driver:
-        _require(driver, layer, parent)
-        with new_file(Path(output)) as file:
-            _write_diff(driver, layer, parent, file)
-            size = file.tell()
+    with opened_graph(settings) as graph, new_file(Path(output)) as file:
+        _write_diff(graph, layer, parent, file)
+        size = file.tell()
     show(settings, {"id": layer, "parent": parent, "file": output, "size": size})
 
 
@@ -64,9 +61,8 @@ def changes(context: typer.Context, layer: Layer, parent: Parent = "") -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer, *filter(None, [parent]))
-    with opened_driver(settings) as driver:
-        _require(driver, layer, parent)
-        found = driver.changes(layer, parent)
+    with opened_graph(settings) as graph:
+        found = graph.changes(layer, parent)
     if settings.json:
         show(
             settings,
@@ -97,10 +93,12 @@ def apply(
     """
     settings = settings_of(context)
     check_layer_ids(layer, *filter(None, [parent]))
-    with _source(source) as stream, opened_driver(settings) as driver:
-        _require(driver, layer, parent)
-        with progress(f"apply {layer}", _size(stream)) as advance:
-            size = driver.apply_diff(layer, parent, stream, progress=advance)
+    with (
+        _source(source) as stream,
+        opened_graph(settings) as graph,
+        progress(f"apply {layer}", _size(stream)) as advance,
+    ):
+        size = graph.apply(layer, parent, stream, progress=advance)
     show(settings, {"id": layer, "size": size})
 
 
@@ -122,53 +120,53 @@ def import_(
     """
     settings = settings_of(context)
     check_layer_ids(layer, *filter(None, [parent]))
-    with _filler(source) as fill, opened_driver(settings, create=True) as driver:
-        if driver.exists(layer):
+    with _filler(source) as fill, opened_graph(settings, create=True) as graph:
+        if graph.exists(layer):
             raise LayerExists(layer)
-        driver.create(layer, parent)
-        with _removed_on_failure(driver, layer):
-            size = fill(driver, layer)
+        graph.create(layer, parent)
+        with _removed_on_failure(graph, layer):
+            size = fill(graph, layer)
     show(settings, {"id": layer, "parent": parent, "size": size})
 
 
-Fill = Callable[["Driver", str], int]
+Fill = Callable[["OpenGraph", str], int]
 
 
 @contextmanager
 def _filler(source: str) -> Iterator[Fill]:
     """How a new layer is filled from *source*, which is opened before a layer is made for it."""
     if source != _STDIN and Path(source).is_dir():
-        yield lambda driver, layer: _copy_directory(driver, layer, Path(source))
+        yield lambda graph, layer: _copy_directory(graph, layer, Path(source))
         return
     with _source(source) as stream:
 
-        def unpack(driver: "Driver", layer: str) -> int:
+        def unpack(graph: "OpenGraph", layer: str) -> int:
             with progress(f"import {layer}", _size(stream)) as advance:
-                return driver.apply_diff(layer, "", stream, progress=advance)
+                return graph.apply(layer, "", stream, progress=advance)
 
         yield unpack
 
 
-def _copy_directory(driver: "Driver", layer: str, source: Path) -> int:
+def _copy_directory(graph: "OpenGraph", layer: str, source: Path) -> int:
     from devmapper.driver import written_out
     from devmapper.layerdiff.copytree import copy_tree
 
-    root = Path(driver.get(layer))
+    root = Path(graph.get(layer))
     try:
         with written_out(root), progress(f"import {layer}", None) as advance:
             return copy_tree(source, root, progress=advance)
     finally:
-        driver.put(layer)
+        graph.put(layer)
 
 
 @contextmanager
-def _removed_on_failure(driver: "Driver", layer: str) -> Iterator[None]:
+def _removed_on_failure(graph: "OpenGraph", layer: str) -> Iterator[None]:
     """Leave no half-made layer behind, and say so."""
     try:
         yield
     except BaseException as err:
         try:
-            driver.remove(layer)
+            graph.remove(layer)
         except Exception as failure:  # noqa: BLE001 - the first error is the one to tell
             err.add_note(f"the half-made layer {layer!r} could not be removed: {failure}")
         else:
@@ -176,8 +174,8 @@ def _removed_on_failure(driver: "Driver", layer: str) -> Iterator[None]:
         raise
 
 
-def _write_diff(driver: "Driver", layer: str, parent: str, out: BinaryIO) -> None:
-    with progress(f"diff {layer}", None) as advance, driver.diff(layer, parent) as stream:
+def _write_diff(graph: "OpenGraph", layer: str, parent: str, out: BinaryIO) -> None:
+    with progress(f"diff {layer}", None) as advance, graph.diff(layer, parent) as stream:
         while chunk := stream.read(_CHUNK):
             out.write(chunk)
             if advance is not None:
@@ -202,10 +200,3 @@ def _size(stream: BinaryIO) -> int | None:
     """How long a progress bar is: known for files only."""
     found = os.fstat(stream.fileno())
     return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def _require(driver: "Driver", *layers: str) -> None:
-    """`LayerNotFound` before anything is mounted."""
-    for layer in filter(None, layers):
-        if not driver.exists(layer):
-            raise LayerNotFound(layer)

@@ -6,7 +6,7 @@ import typer
 
 from devmapper.cli.arguments import Layer
 from devmapper.cli.output import show
-from devmapper.cli.settings import check_layer_ids, opened_driver, settings_of
+from devmapper.cli.settings import check_layer_ids, opened_graph, settings_of
 from devmapper.errors import UsageError
 
 
@@ -21,8 +21,8 @@ def activate(context: typer.Context, layer: Layer) -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer)
-    with opened_driver(settings) as driver:
-        path = driver.activate(layer)
+    with opened_graph(settings) as graph:
+        path = graph.activate(layer)
     show(settings, {"id": layer, "path": path}, path)
 
 
@@ -35,8 +35,8 @@ def deactivate(context: typer.Context, layer: Layer) -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer)
-    with opened_driver(settings) as driver:
-        done = driver.deactivate(layer)
+    with opened_graph(settings) as graph:
+        done = graph.deactivate(layer)
     show(settings, {"id": layer, "deactivated": done})
 
 
@@ -69,17 +69,15 @@ def nbd(
     check_layer_ids(layer)
     if stop and (socket or read_only):
         raise UsageError("--stop takes neither --socket nor --read-only")
-    with opened_driver(settings) as driver:
+    with opened_graph(settings) as graph:
         if stop:
-            served = driver.devices.nbd_export(layer) is not None
-            stopped = served and driver.deactivate(layer)
-            show(settings, {"id": layer, "stopped": stopped})
+            show(settings, {"id": layer, "stopped": graph.stop_nbd(layer)})
             return
-        export = driver.devices.serve_nbd(layer, socket or None, read_only=read_only)
+        served = graph.serve_nbd(layer, socket, read_only=read_only)
     value = {
         "id": layer,
-        "uri": export.uri(),
-        "socket": str(export.socket),
-        "read_only": export.read_only,
+        "uri": served.uri,
+        "socket": served.socket,
+        "read_only": served.read_only,
     }
-    show(settings, value, export.uri())
+    show(settings, value, served.uri)

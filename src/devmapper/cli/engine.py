@@ -7,15 +7,18 @@ import typer
 from devmapper.cli.output import pairs, show
 from devmapper.cli.settings import (
     Settings,
+    at_daemon,
     own_pool,
     require_graph,
+    require_no_daemon,
     require_root,
     settings_of,
 )
 from devmapper.errors import ThinBusy
 
 if TYPE_CHECKING:
-    from devmapper.engine.port import DeviceInfo, Engine
+    from devmapper.engine.port import Engine
+    from devmapper.graph.model import ActiveDevice, EngineInfo
 
 _RELEASE_SECONDS: Final = 1.0
 
@@ -31,29 +34,20 @@ def status(context: typer.Context) -> None:
     Example: devmapper engine status
     """
     settings = settings_of(context)
-    engine, name = _engine(settings)
-    features = engine.features()
-    pool = engine.find_pool(name)
-    devices = [] if pool is None else pool.devices()
-    process, log = _process(name) if features.name == "embedded" else (None, None)
-    value = {
-        "engine": features.name,
-        "version": features.driver_version,
-        "pool": name,
-        "running": pool is not None,
-        "process": process if pool is not None else None,
-        "log": log,
-        "devices": [_describe(device) for device in devices],
-    }
-    running = f"process {process}" if process is not None else "yes"
+    require_root()
+    require_graph(settings)
+    remote = at_daemon(settings)
+    found = _look(settings) if remote is None else remote.engine()
+    value = {**found._asdict(), "devices": [_describe(device) for device in found.devices]}
+    running = f"process {found.process}" if found.process is not None else "yes"
     rows = [
-        ("Engine", f"{features.name} {features.driver_version}"),
-        ("Pool", name),
-        ("Running", running if pool is not None else "no"),
-        ("Active Devices", str(len(devices))),
+        ("Engine", f"{found.engine} {found.version}"),
+        ("Pool", found.pool),
+        ("Running", running if found.running else "no"),
+        ("Active Devices", str(len(found.devices))),
         *(
             (f" {device.path}", f"{device.name} ({device.state}, {device.open_count} users)")
-            for device in devices
+            for device in found.devices
         ),
     ]
     show(settings, value, pairs(rows))
@@ -69,7 +63,8 @@ def stop(
     All I/O is written, the pool is committed, and its devices are gone afterwards. The next command
     that needs the pool starts it again. While a layer is mounted this is refused, unless --force
     is given; a layer whose files are open stays in any case. A pool that was given to the graph, by
-    dm.thinpooldev or made of a whole disk, stays active.
+    dm.thinpooldev or made of a whole disk, stays active. While a daemon holds the graph this is
+    refused, too: stop the daemon before.
 
     Example: devmapper engine stop
     """
@@ -77,6 +72,7 @@ def stop(
     from devmapper.deviceset.home import release_home
     from devmapper.deviceset.shutdown import release_devices
 
+    require_no_daemon(settings)
     engine, name = _engine(settings)
     is_given = own_pool(settings)[0].thin_pool_device is not None
     pool = engine.find_pool(name)
@@ -102,27 +98,17 @@ def _engine(settings: Settings) -> "tuple[Engine, str]":
     return choose_engine(settings.engine), own_pool(settings)[1]
 
 
-def _process(pool: str) -> tuple[int | None, str]:
-    from devmapper.engine.embedded import runtime
+def _look(settings: Settings) -> "EngineInfo":
+    from devmapper.graph.local import engine_info
 
-    paths = runtime.paths_of(pool)
-    identity = runtime.read_pid(paths)
-    return None if identity is None else identity.pid, str(paths.log)
+    return engine_info(*_engine(settings))
 
 
-def _describe(device: "DeviceInfo") -> dict[str, object]:
+def _describe(device: "ActiveDevice") -> dict[str, object]:
+    nbd = device.nbd
     return {
-        "name": device.name,
-        "thin_id": device.thin_id,
-        "size": device.size,
-        "path": str(device.path),
-        "state": str(device.state),
-        "open_count": device.open_count,
+        **device._asdict(),
         "nbd": None
-        if device.nbd is None
-        else {
-            "uri": device.nbd.uri(),
-            "read_only": device.nbd.read_only,
-            "clients": list(device.nbd.clients),
-        },
+        if nbd is None
+        else {"uri": nbd.uri, "read_only": nbd.read_only, "clients": list(nbd.clients)},
     }

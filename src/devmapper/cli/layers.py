@@ -6,12 +6,12 @@ import typer
 
 from devmapper.cli import border
 from devmapper.cli.arguments import Layer, Layers, NewLayer, Parent
-from devmapper.cli.output import Column, pairs, show, table
-from devmapper.cli.settings import check_layer_ids, opened_driver, settings_of
-from devmapper.errors import DevmapperError, LayerNotFound, PoolMismatch
+from devmapper.cli.output import Column, pairs, printable, show, table
+from devmapper.cli.settings import check_layer_ids, opened_graph, settings_of
+from devmapper.errors import DevmapperError, PoolMismatch
 
 if TYPE_CHECKING:
-    from devmapper.driver import Driver, LayerUsage
+    from devmapper.graph.model import LayerRow
 
 _COLUMNS: Final = (
     Column("ID"),
@@ -20,6 +20,7 @@ _COLUMNS: Final = (
     Column("EXCLUSIVE", is_number=True),
     Column("SHARED", is_number=True),
     Column("STATE"),
+    Column("OWNER"),
 )
 
 
@@ -29,18 +30,16 @@ def info(context: typer.Context) -> None:
     Example: devmapper info
     """
     settings = settings_of(context)
-    with opened_driver(settings) as driver:
-        status = driver.devices.status()
-        rows = driver.status()
-        layers = len(driver.layers())
+    with opened_graph(settings) as graph:
+        found = graph.info()
     value = {
-        "driver": str(driver),
+        "driver": found.driver,
         "root": str(settings.root),
-        "engine": status.engine,
-        "layers": layers,
-        "status": dict(rows),
+        "engine": found.engine,
+        "layers": found.layers,
+        "status": dict(found.status),
     }
-    show(settings, value, f"Storage Driver: {driver}\n{pairs(rows)}")
+    show(settings, value, f"Storage Driver: {found.driver}\n{pairs(found.status)}")
 
 
 def create(
@@ -66,13 +65,13 @@ def create(
     """
     settings = settings_of(context)
     check_layer_ids(layer, *filter(None, [parent]))
-    options = None
+    wanted = None
     if size:
         from devmapper.units import parse_size
 
-        options = {"size": str(parse_size(size))}
-    with opened_driver(settings, create=True) as driver:
-        driver.create(layer, parent, storage_opt=options)
+        wanted = parse_size(size)
+    with opened_graph(settings, create=True) as graph:
+        graph.create(layer, parent, size=wanted)
     show(settings, {"id": layer, "parent": parent})
 
 
@@ -95,8 +94,8 @@ def get(
     settings = settings_of(context)
     check_layer_ids(layer)
     check_label(label)
-    with opened_driver(settings) as driver:
-        path = driver.get(layer, label)
+    with opened_graph(settings) as graph:
+        path = graph.get(layer, label)
     show(settings, {"id": layer, "path": path}, path)
 
 
@@ -107,12 +106,18 @@ def put(context: typer.Context, layer: Layer) -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer)
-    with opened_driver(settings) as driver:
-        driver.put(layer)
+    with opened_graph(settings) as graph:
+        graph.put(layer)
     show(settings, {"id": layer})
 
 
-def rm(context: typer.Context, layers: Layers) -> None:
+def rm(
+    context: typer.Context,
+    layers: Layers,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also those of Docker and of containerd.")
+    ] = False,
+) -> None:
     """Remove layers.
 
     The blocks that only they use are free again. Each layer is removed for itself: one that cannot
@@ -121,21 +126,20 @@ def rm(context: typer.Context, layers: Layers) -> None:
     A layer in use is busy. With dm.use_deferred_deletion it is gone for everybody at once, and its
     blocks become free when its last user is gone, which is said.
 
+    A layer that Docker or containerd has made through the daemon is theirs to remove: it is refused
+    unless --force is given. A snapshot of containerd that has children stays in any case.
+
     Example: devmapper rm web1 web2
     """
-    from devmapper.deviceset.deletion import Deletion
-
     settings = settings_of(context)
     check_layer_ids(*layers)
     removed = []
     put_off = []
     failed = 0
-    with opened_driver(settings) as driver:
+    with opened_graph(settings) as graph:
         for layer in layers:
             try:
-                if not driver.exists(layer):
-                    raise LayerNotFound(layer)
-                if driver.remove(layer) is Deletion.PUT_OFF:
+                if graph.remove(layer, force=force):
                     put_off.append(layer)
                 removed.append(layer)
             except (DevmapperError, OSError) as err:
@@ -156,8 +160,8 @@ def exists(context: typer.Context, layer: Layer) -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer)
-    with opened_driver(settings) as driver:
-        found = driver.exists(layer)
+    with opened_graph(settings) as graph:
+        found = graph.exists(layer)
     show(settings, {"id": layer, "exists": found})
     if not found:
         raise typer.Exit(1)
@@ -167,18 +171,18 @@ def ls(context: typer.Context) -> None:
     """List the layers and the space they take.
 
     EXCLUSIVE is what removing the layer gives back; SHARED blocks are also another layer's. The
-    base layer, which every layer without a parent starts from, is listed as "base".
+    base layer, which every layer without a parent starts from, is listed as "base". OWNER says who
+    has made a layer through the daemon, Docker or containerd, and what a snapshot is called there.
 
     Example: devmapper ls
     """
     from devmapper.units import human_size
 
     settings = settings_of(context)
-    with opened_driver(settings) as driver:
-        usage = driver.usage()
-        states = _states(driver, usage)
+    with opened_graph(settings) as graph:
+        found = graph.layers()
     if settings.json:
-        show(settings, [_describe(each, states[each.id]) for each in usage])
+        show(settings, [_describe(each) for each in found])
         return
     table(
         _COLUMNS,
@@ -186,9 +190,10 @@ def ls(context: typer.Context) -> None:
             [
                 each.id,
                 *map(human_size, (each.size, each.mapped, each.exclusive, each.shared)),
-                _state(*states[each.id]),
+                _state(each),
+                _owner(each),
             ]
-            for each in usage
+            for each in found
         ],
     )
 
@@ -200,27 +205,15 @@ def inspect(context: typer.Context, layer: Layer) -> None:
     """
     settings = settings_of(context)
     check_layer_ids(layer)
-    with opened_driver(settings) as driver:
-        if not driver.exists(layer):
-            raise LayerNotFound(layer)
-        details = driver.devices.dev_info(layer)
-        path = driver.devices.device_path(layer)
-        usage = [each for each in driver.usage() if each.id == layer]
-        mounted = driver.devices.is_mounted(layer)
-        mount_point = driver.home / "mnt" / layer
-    if not usage:
-        raise LayerNotFound(layer)
-    value = {
-        **_describe(usage[0], (path is not None, mounted)),
-        "transaction_id": details.transaction_id,
-        "initialized": details.initialized,
-        "device_name": details.name(),
-        "device_path": None if path is None else str(path),
-        "mount_point": str(mount_point) if mounted else None,
-    }
+    with opened_graph(settings) as graph:
+        row, *others = found = graph.inspect(layer)
+    details = dict(zip(found._fields[1:], others, strict=True))
+    value = {**_describe(row), **details}
+    shown = {**value, "owner": _owner(row)}
+    del shown["snapshot"]
     rows = [
         (name.replace("_", " ").capitalize(), "-" if item is None else str(item))
-        for name, item in value.items()
+        for name, item in shown.items()
     ]
     show(settings, value, pairs(rows))
 
@@ -235,8 +228,8 @@ def check(context: typer.Context) -> None:
     Example: devmapper check
     """
     settings = settings_of(context)
-    with opened_driver(settings) as driver:
-        found = driver.devices.consistency()
+    with opened_graph(settings) as graph:
+        found = graph.consistency()
     findings = found.findings()
     value = {
         "consistent": not findings,
@@ -254,32 +247,28 @@ def check(context: typer.Context) -> None:
         )
 
 
-def _states(driver: "Driver", usage: "list[LayerUsage]") -> dict[str, tuple[bool, bool]]:
-    """For each layer whether it is active, and whether it is mounted."""
-    active = {device.thin_id for device in driver.devices.pool.devices()}
-    found = {}
-    for each in usage:
-        is_active = each.thin_id in active
-        layer = "" if each.id == "base" else each.id
-        found[each.id] = (is_active, is_active and driver.devices.is_mounted(layer))
-    return found
-
-
-def _describe(usage: "LayerUsage", state: tuple[bool, bool]) -> dict[str, object]:
-    active, mounted = state
+def _describe(row: "LayerRow") -> dict[str, object]:
+    owner, snapshot = row.belongs_to
     return {
-        "id": usage.id,
-        "device_id": usage.thin_id,
-        "size": usage.size,
-        "mapped": usage.mapped,
-        "exclusive": usage.exclusive,
-        "shared": usage.shared,
-        "active": active,
-        "mounted": mounted,
+        "id": row.id,
+        "device_id": row.thin_id,
+        "size": row.size,
+        "mapped": row.mapped,
+        "exclusive": row.exclusive,
+        "shared": row.shared,
+        "active": row.active,
+        "mounted": row.mounted,
+        "owner": owner or None,
+        "snapshot": None if snapshot is None else snapshot._asdict(),
     }
 
 
-def _state(active: bool, mounted: bool) -> str:
-    if mounted:
+def _state(row: "LayerRow") -> str:
+    if row.mounted:
         return "mounted"
-    return "active" if active else "-"
+    return "active" if row.active else "-"
+
+
+def _owner(row: "LayerRow") -> str:
+    """One line, whatever the key of a snapshot holds."""
+    return printable(str(row.belongs_to)) or "-"

@@ -10,9 +10,12 @@ import typer
 from devmapper.cli.output import new_file, pairs, progress, show
 from devmapper.cli.settings import (
     Settings,
-    opened_driver,
+    at_daemon,
+    opened_graph,
     own_pool,
+    preference,
     require_graph,
+    require_no_daemon,
     require_root,
     settings_of,
 )
@@ -39,39 +42,29 @@ def status(context: typer.Context) -> None:
 
     Example: devmapper pool status
     """
-    from devmapper.linux.files import allocated_bytes
     from devmapper.units import human_size
 
     settings = settings_of(context)
-    with opened_driver(settings) as driver:
-        found = driver.devices.status()
-    allocated = allocated_bytes(Path(found.data_loopback)) if found.data_loopback else None
+    with opened_graph(settings) as graph:
+        found = graph.pool()
     value = {
-        "name": found.pool_name,
-        "engine": found.engine,
-        "mode": str(found.mode),
-        "needs_check": found.needs_check,
-        "transaction_id": found.transaction_id,
-        "block_size": found.sector_size,
+        **found._asdict(),
         "data": describe_usage(found.data),
         "metadata": describe_usage(found.metadata),
-        "data_file": found.data_file,
-        "metadata_file": found.metadata_file,
-        "data_file_allocated": allocated,
     }
     rows = [
-        ("Pool Name", found.pool_name),
+        ("Pool Name", found.name),
         ("Engine", found.engine),
         ("Mode", f"{found.mode}{', needs_check' if found.needs_check else ''}"),
         ("Transaction Id", str(found.transaction_id)),
-        ("Block Size", human_size(found.sector_size)),
+        ("Block Size", human_size(found.block_size)),
         ("Data Space", _words(found.data)),
         ("Metadata Space", _words(found.metadata)),
         ("Data file", found.data_file),
         ("Metadata file", found.metadata_file),
     ]
-    if allocated is not None:
-        rows.append(("Data file takes on disk", human_size(allocated)))
+    if found.data_file_allocated is not None:
+        rows.append(("Data file takes on disk", human_size(found.data_file_allocated)))
     show(settings, value, pairs(rows))
 
 
@@ -99,6 +92,8 @@ def check(
     from devmapper.thin.check import check as check_metadata
 
     settings = settings_of(context)
+    if clear_needs_check and not metadata_file:
+        require_no_daemon(settings)
     with (
         _metadata(settings, metadata_file) as (path, name),
         FileDevice.open(path, read_only=True) as device,
@@ -173,7 +168,12 @@ def _metadata(settings: Settings, file: str) -> Iterator[tuple[Path, str]]:
 
     options, name = own_pool(settings)
     own = options.metadata_device or settings.root / "devicemapper" / "metadata"
-    pool = choose_engine(settings.engine).find_pool(name)
+    engine = settings.engine
+    remote = at_daemon(settings)
+    if remote is not None:
+        found = remote.engine()
+        engine, name = preference(found.engine), found.pool
+    pool = choose_engine(engine).find_pool(name)
     if pool is None:
         if options.thin_pool_device is not None:
             raise PoolNotFound(f"thin pool {name!r} is not active", hint="activate it first")

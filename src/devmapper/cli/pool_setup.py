@@ -6,8 +6,12 @@ import typer
 
 from devmapper.cli.output import show
 from devmapper.cli.pool import describe_usage
-from devmapper.cli.settings import opened_driver, require_root, settings_of
-from devmapper.errors import UsageError
+from devmapper.cli.settings import (
+    opened_graph,
+    require_no_daemon,
+    require_root,
+    settings_of,
+)
 
 
 def create(
@@ -67,6 +71,7 @@ def create(
         "dm.directlvm_device_force": "true" if force else "",
     }
     words = [f"{name}={value}" for name, value in chosen.items() if value]
+    require_no_daemon(settings)
     from devmapper.deviceset.make_pool import make_pool
     from devmapper.deviceset.options import parse_options
     from devmapper.engine.select import choose_engine
@@ -102,17 +107,10 @@ def resize(
     settings = settings_of(context)
     wanted = parse_size(size) if size else None
     wanted_metadata = parse_size(metadata) if metadata else None
-    with opened_driver(settings) as driver:
-        status = driver.devices.status()
-        if wanted is None and wanted_metadata is None and status.data_loopback:
-            raise UsageError(
-                "pool is on loop files, which grow to a size that is given",
-                hint="devmapper pool resize 200G",
-            )
-        driver.devices.resize_pool(wanted, metadata_size=wanted_metadata)
-        found = driver.devices.status()
+    with opened_graph(settings) as graph:
+        found = graph.resize(wanted, metadata=wanted_metadata)
     value = {
-        "name": found.pool_name,
+        "name": found.name,
         "data": describe_usage(found.data),
         "metadata": describe_usage(found.metadata),
     }

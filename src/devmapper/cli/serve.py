@@ -29,6 +29,19 @@ def serve(
             help="TOML file; /etc/devmapper/config.toml by default, if it is there.",
         ),
     ] = None,
+    root: Annotated[str | None, typer.Option(metavar="DIR", help="Directory of the graph.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Who serves the pool: auto, kernel or embedded."),
+    ] = None,
+    storage_opt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the driver; repeatable."),
+    ] = None,
+    id_map: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONTAINER:HOST:SIZE", help="Ids of a user namespace; repeatable."),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
     ] = None,
@@ -119,12 +132,16 @@ def serve(
     stderr. SIGTERM ends it when the requests under way have ended; a second one does not wait for
     them. What is mounted stays mounted, also when it is killed, and the next daemon goes on.
 
-    Every key of the file is an option here, which wins; so do the options before the command. A
+    Every key of the file is an option here, which wins, also over an option before the command. A
     service whose table is in the file, or one of whose options is given, is served.
 
     Example: devmapper serve --docker --containerd --metrics-address 127.0.0.1:9273
     """
     given = {
+        "root": None if root is None else str(Path(root).absolute()),
+        "engine": engine,
+        "storage-opts": storage_opt or None,
+        "id-maps": id_map or None,
         "log-level": log_level,
         "log-format": log_format,
         "on-stop": on_stop,

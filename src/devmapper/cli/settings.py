@@ -1,13 +1,14 @@
 """The options before the command, and the driver that a command opens with them."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from devmapper.errors import EnvironmentLacking, PoolNotFound, UsageError
+from devmapper.errors import EnvironmentLacking, GraphLocked, PoolNotFound, UsageError
 
 if TYPE_CHECKING:
     import typer
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     from devmapper.deviceset.options import Options
     from devmapper.driver import Driver
     from devmapper.engine.select import Preference
+    from devmapper.graph.model import OpenGraph
+    from devmapper.graph.remote import RemoteGraph
 
 DEFAULT_ROOT: Final = Path("/var/lib/devmapper")
+_ANSWER_SECONDS: Final = 5.0  # that a daemon may take to start, or to end
+_POLL_SECONDS: Final = 0.05
 PREFERENCES: Final = ("auto", "kernel", "embedded")
 
 
@@ -59,8 +64,77 @@ def check_layer_ids(*ids: str) -> None:
 
 
 @contextmanager
+def opened_graph(settings: Settings, *, create: bool = False) -> "Iterator[OpenGraph]":
+    """The graph at the daemon that holds it, or opened here if there is none.
+
+    Otherwise as `opened_driver`.
+    """
+    require_root()
+    if not create:
+        require_graph(settings)
+    remote = at_daemon(settings)
+    if remote is not None:
+        yield remote
+        return
+    from devmapper.graph.local import LocalGraph
+
+    with opened_driver(settings, create=create) as driver:
+        yield LocalGraph(driver)
+
+
+def at_daemon(settings: Settings) -> "RemoteGraph | None":
+    """The graph at its daemon, with whose options those of the command line agree (`UsageError`).
+
+    None if there is no daemon.  One that starts, ends or hangs does not answer: `GraphLocked` after
+    a few seconds.
+    """
+    socket = _control_socket(settings)
+    if socket is None:
+        return None
+    from devmapper.graph.remote import RemoteGraph
+
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while socket is not None:
+        remote = RemoteGraph(socket)
+        try:
+            remote.check_answers(_ANSWER_SECONDS)
+        except OSError as err:
+            if time.monotonic() >= deadline:
+                raise _locked(settings, "it does not answer: see its log") from err
+            time.sleep(_POLL_SECONDS)
+            socket = _control_socket(settings)
+            continue
+        words = tuple(settings.storage_options), tuple(map(str, settings.id_maps))
+        if any(words) or settings.engine != "auto":
+            remote.agree(settings.engine, *words)
+        return remote
+    return None
+
+
+def require_no_daemon(settings: Settings) -> None:
+    """`GraphLocked` if a daemon holds the graph: for what nobody may do behind its back."""
+    if _control_socket(settings) is not None:
+        raise _locked(settings, "stop the daemon before: systemctl stop devmapper")
+
+
+def _control_socket(settings: Settings) -> Path | None:
+    from devmapper.server.lock import serving
+
+    return serving(settings.root) if settings.root.is_dir() else None
+
+
+def _locked(settings: Settings, hint: str) -> GraphLocked:
+    from devmapper.linux.files import FileLock
+    from devmapper.server.lock import LOCK_FILE
+
+    error = GraphLocked(settings.root, FileLock(settings.root / LOCK_FILE).holder())
+    error.hint = hint
+    return error
+
+
+@contextmanager
 def opened_driver(settings: Settings, *, create: bool = False) -> Iterator["Driver"]:
-    """The driver of the graph; what is mounted when the command ends stays mounted.
+    """The driver of the graph in this process; what is mounted when the command ends stays mounted.
 
     Without *create* a graph that is not there is `PoolNotFound`, and nothing is made.
     """

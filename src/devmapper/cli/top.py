@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from devmapper.cli.output import show
-from devmapper.cli.settings import Settings, opened_driver, settings_of
+from devmapper.cli.settings import (
+    Settings,
+    at_daemon,
+    opened_driver,
+    require_graph,
+    require_root,
+    settings_of,
+)
 from devmapper.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,8 +75,14 @@ def top(
 def _looking(settings: Settings) -> Iterator[Look]:
     """How to look at the graph of this command line."""
     from devmapper.server.observer import Observer
-    from devmapper.server.overview import look
+    from devmapper.server.overview import from_json, look
 
+    require_root()
+    require_graph(settings)
+    remote = at_daemon(settings)
+    if remote is not None:
+        yield lambda: from_json(remote.overview())
+        return
     with opened_driver(settings) as driver:
         observer = Observer(driver)
         try:

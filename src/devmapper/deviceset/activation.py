@@ -29,7 +29,7 @@ from devmapper.deviceset.session import Graph, Session
 from devmapper.deviceset.users import SOMEBODY, Users, take_back
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.engine.runtime import runtime_base
-from devmapper.errors import LayerBusy, LayerNotMounted, ThinBusy
+from devmapper.errors import DevmapperError, LayerBusy, LayerNotMounted, ThinBusy
 from devmapper.linux import blockdev, mount
 from devmapper.linux.holders import stacked_devices
 from devmapper.units import SECTOR_SIZE, Bytes
@@ -69,6 +69,8 @@ class LayerMounts:
                 if not _same_place(place, path):
                     raise LayerBusy(file_name(layer), [f"a mount at {str(place)!r}"])
                 mention_label(layer, place, label)
+                if info is not None and info.state is Activation.SUSPENDED:
+                    self.flush(layer)  # whoever suspended it may have been killed: resumes it
                 users = self._users.of(layer)
                 if not (once and users[user]):
                     users[user] += 1
@@ -147,6 +149,21 @@ class LayerMounts:
     def info(self, layer: LayerId) -> DeviceInfo | None:
         """The layer's device if it is active."""
         return self._graph.pool.info(self._graph.names.device(layer))
+
+    def flush(self, layer: LayerId) -> bool:
+        """Let all that is dirty reach the device in its place: suspend it, and resume it at once.
+
+        False if it could not be suspended.  `EngineError` or `OSError` if it cannot be resumed.
+        """
+        suspended = False
+        try:
+            with self._graph.pool.suspended(self._graph.names.device(layer)):
+                suspended = True
+        except (DevmapperError, OSError) as err:
+            if suspended:
+                raise  # nothing is worse
+            log.warning("layer %r cannot be flushed: %s", file_name(layer), err)
+        return suspended
 
     def activate(self, session: Session, layer: LayerId, record: LayerRecord) -> Path:
         """Make the layer's block device; one that is there already is returned as it is."""

@@ -40,27 +40,44 @@ def layer_delta(graph: Graph, mounts: LayerMounts, new: LayerId, old: LayerId) -
     Whatever is written to a layer after it was flushed may be missing.  A layer that cannot be
     resumed or thawed is an error.
     """
+    layers = list(dict.fromkeys((new, old)))
     try:
-        if graph.pool.status().mode is not PoolMode.WRITE or _is_small(mounts, new):
+        if graph.pool.status().mode is not PoolMode.WRITE:
             return None
-        found = [graph.pool.info(graph.names.device(layer)) for layer in (new, old)]
-        if not all(_is_usable(info) for info in found):
+        found = {layer: graph.pool.info(graph.names.device(layer)) for layer in layers}
+        suspended = [layer for layer in layers if _state(found[layer]) is Activation.SUSPENDED]
+    except (DevmapperError, OSError) as err:
+        _say_why(new, err)
+        return None
+    for layer in suspended:
+        mounts.flush(layer)  # resumes it if who suspended it was killed: nothing could be read
+    ours, theirs = found[new], found[old]
+    if ours is None or theirs is None or Activation.LEAVING in (ours.state, theirs.state):
+        return None
+    try:
+        if _is_small(mounts, new):
             return None
-        for layer in dict.fromkeys((new, old)):
+        for layer in layers:
             _write_back(mounts, layer)
     except (DevmapperError, OSError) as err:
-        log.debug("layer %r: each file is looked at: %s", file_name(new), err)
+        _say_why(new, err)
         return None
-    ours, theirs = (info for info in found if info is not None)
-    for layer in dict.fromkeys((new, old)):
-        if not _flush(graph, layer):
-            return None
+    if not all(mounts.flush(layer) for layer in layers):
+        return None
     try:
         changed = graph.pool.changed_ranges(ours.thin_id, theirs.thin_id)
     except (DevmapperError, OSError) as err:
-        log.debug("layer %r: each file is looked at: %s", file_name(new), err)
+        _say_why(new, err)
         return None
     return LayerDelta(ours.path, theirs.path, changed)
+
+
+def _say_why(layer: LayerId, err: Exception) -> None:
+    log.debug("layer %r: each file is looked at: %s", file_name(layer), err)
+
+
+def _state(info: DeviceInfo | None) -> Activation:
+    return Activation.ABSENT if info is None else info.state
 
 
 def _is_small(mounts: LayerMounts, layer: LayerId) -> bool:
@@ -71,25 +88,9 @@ def _is_small(mounts: LayerMounts, layer: LayerId) -> bool:
     return found.f_files - found.f_ffree < FEWEST_INODES
 
 
-def _is_usable(info: DeviceInfo | None) -> bool:
-    return info is not None and info.state is Activation.ACTIVE
-
-
 def _write_back(mounts: LayerMounts, layer: LayerId) -> None:
     """Write what can be written before the layer stands still, so that it does not for long."""
     place = mounts.mount_point(layer)
     if place is not None:
         with opened(place, os.O_RDONLY | os.O_DIRECTORY) as fd:
             libc.syncfs(fd)
-
-
-def _flush(graph: Graph, layer: LayerId) -> bool:
-    frozen = False
-    try:
-        with graph.pool.suspended(graph.names.device(layer)):
-            frozen = True
-    except (DevmapperError, OSError) as err:
-        if frozen:
-            raise  # it stays suspended: nothing is worse
-        log.warning("layer %r cannot be flushed, so each file is looked at: %s", layer, err)
-    return frozen

@@ -143,6 +143,11 @@ class DeviceSet:
         return self._graph.options
 
     @property
+    def engine(self) -> Engine:
+        """The engine at work, for asking; its pool is opened and closed through this class only."""
+        return self._engine
+
+    @property
     def pool(self) -> ThinPool:
         """The pool itself, for reading; its thin devices are changed through this class only."""
         return self._graph.pool

@@ -118,13 +118,13 @@ _BOOLS: Final[Mapping[str, bool]] = {
 }
 
 
-def parse_options(words: Iterable[str]) -> Options:
+def parse_options(words: Iterable[str], *, onto: Options | None = None) -> Options:
     """Read `key=value` words in order; later ones win, and repeatable ones add up.
 
-    Keys are trimmed and lower-cased.  `UsageError` names the option, its value and what was
-    expected.
+    Keys are trimmed and lower-cased.  What is not given is as in *onto*, or left to us.
+    `UsageError` names the option, its value and what was expected.
     """
-    options = Options()
+    options = onto or Options()
     for word in words:
         key, separator, value = word.partition("=")
         name = key.strip().lower()

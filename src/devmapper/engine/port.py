@@ -158,6 +158,9 @@ class ThinPool(Protocol):
         are merged across what lies between.  `ThinIdMissing`.
         """
 
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        """How many data blocks *thin_id* does not have in common with *origin*; as above."""
+
     def create_thin(self, thin_id: ThinId) -> None: ...
     def create_snap(self, thin_id: ThinId, origin: ThinId) -> None:
         """Snapshot *origin*; an active origin has to be suspended by the caller (`suspended`)."""

@@ -112,6 +112,8 @@ class Key(NamedTuple):
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise _WrongValueError
+    if any("\ud800" <= char <= "\udfff" for char in value):  # bytes that no TOML can hold
+        raise _WrongValueError
     return value
 
 

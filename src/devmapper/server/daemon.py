@@ -7,6 +7,7 @@ by whoever opens the graph next, and the sockets that it leaves are replaced.
 import logging
 import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from devmapper.deviceset.id_maps import container_root
 from devmapper.deviceset.layer_root import make_owned
 from devmapper.server import lock, registry, sockets
+from devmapper.server.address import Address
 from devmapper.server.config import Config, OnStop
 from devmapper.server.ending import EndRequests
 from devmapper.server.notify import Notifier
@@ -43,7 +45,7 @@ def serve(config: Config) -> None:
     `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
     and the lock are gone then.
     """
-    notifier = Notifier()
+    notifier = Notifier.take()
     _raise_file_limit()
     os.chdir("/")
     with ExitStack() as stack:
@@ -78,9 +80,15 @@ def _taken(config: Config) -> Iterator[list[Plan]]:
     with lock.only_daemon(home, control):
         plans = registry.plans(config, control)
         for plan in plans:
-            if isinstance(plan.address, Path):
-                sockets.check_free(plan.address)  # before a pool is activated for nothing
+            _check_free(plan.address)  # before a pool is activated for nothing
         yield plans
+
+
+def _check_free(address: Address) -> None:
+    if isinstance(address, Path):
+        sockets.check_free(address)
+    else:
+        socket.create_server(address).close()
 
 
 @contextmanager

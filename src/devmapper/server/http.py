@@ -184,6 +184,7 @@ class HttpService:
             keepalive_timeout=self._keep_alive,
         )
         await runner.setup()
+        server = runner.server
         site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
         try:
             await site.start()
@@ -195,3 +196,7 @@ class HttpService:
                     await self._end(runner, site, listener)
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
+                for connection in server.connections if server else ():
+                    if connection.transport is not None:
+                        connection.transport.abort()
+                await asyncio.sleep(0)  # for the loop to close them

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Self
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,18 @@ _WATCHDOG_PROCESS: Final = "WATCHDOG_PID"
 class Notifier:
     """Sends states to the manager that started us; silent if none did."""
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    @classmethod
+    def take(cls) -> Self:
+        """The one of this process's environment, which programs that we start do not get.
+
+        The engine's process is one of them, and outlives us.
+        """
+        notifier = cls(os.environ)
+        for name in (_SOCKET, _WATCHDOG_TIME, _WATCHDOG_PROCESS):
+            os.environ.pop(name, None)
+        return notifier
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
         address = environment.get(_SOCKET, "")
         if address.startswith("@"):  # in the abstract namespace, unix(7)
             address = "\0" + address[1:]

@@ -1,11 +1,9 @@
 """Which services there are, and how each is made; what is not wanted is not even imported."""
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmapper.errors import EnvironmentLacking
 from devmapper.server.address import Address, show_address
 from devmapper.server.config import Config
 from devmapper.server.service import Service
@@ -38,16 +36,9 @@ class Plan(NamedTuple):
         return f"{self.name} on {show_address(self.address)}"
 
 
-_PLACES: Final = {
-    "control": "devmapper.server.control.service:ControlService",
-}
-
-
 def plans(config: Config, control: Path) -> list[Plan]:
     """The services that *config* wants, in the order in which they start."""
-    wanted = []
-    if is_there("control"):
-        wanted.append(Plan("control", control, _control))
+    wanted = [Plan("control", control, _control)]
     if config.docker_enabled:
         wanted.append(Plan("docker", config.docker_socket, _docker))
     if config.containerd_enabled:
@@ -57,27 +48,12 @@ def plans(config: Config, control: Path) -> list[Plan]:
     return wanted
 
 
-def is_there(name: str) -> bool:
-    """Whether this installation has it."""
-    try:
-        imported(name)
-    except EnvironmentLacking:
-        return False
-    return True
-
-
-def imported(name: str) -> Any:  # noqa: ANN401 - a class of a module that is imported by its name
-    """The class of a service; `EnvironmentLacking` if this installation lacks its module."""
-    module, _, member = _PLACES[name].partition(":")
-    try:
-        return getattr(import_module(module), member)
-    except ModuleNotFoundError as err:
-        raise EnvironmentLacking(f"the {name} service lacks Python module {err.name!r}") from err
-
-
 def _control(ground: Ground, socket: Path) -> Service:
-    made: Service = imported("control")(ground.driver, ground.snapshots, ground.operations, socket)
-    return made
+    from devmapper.server.control.service import ControlService
+
+    return ControlService(
+        ground.driver, ground.snapshots, ground.operations, socket, observer=ground.observer
+    )
 
 
 def _docker(ground: Ground, socket: Path) -> Service:

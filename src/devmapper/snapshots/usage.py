@@ -12,8 +12,7 @@ def own_bytes(pool: ThinPool, thin_id: ThinId, parent: ThinId) -> Bytes:
     containerd's own takes the difference of what both map, which overlooks what was overwritten,
     and says less than nothing of a view.
     """
-    own = pool.thin_status(thin_id).mapped_blocks - pool.thin_status(parent).mapped_blocks
-    return Bytes(max(0, own) * pool.status().block_size)
+    return Bytes(pool.own_blocks(thin_id, parent) * pool.status().block_size)
 
 
 def inodes_of(info: DeviceInfo) -> int:

@@ -118,6 +118,12 @@ def bounded_ranges(
     return found
 
 
+def own_blocks(device: BlockReader, superblock: Superblock, thin_a: int, thin_b: int) -> int:
+    """How many data blocks *thin_a* maps that *thin_b* does not have in the same place."""
+    runs = _runs(device, superblock, thin_a, thin_b, include_same=False)
+    return sum(run.length for run in runs if run.kind is not DeltaKind.RIGHT_ONLY)
+
+
 def _end(run: ChangedRange) -> int:
     return run.begin + run.length
 

@@ -21,6 +21,10 @@ def attach(file: Path) -> Path:
     if (node := find(file)) is not None:
         # A deactivation that was killed may have left it marked to go away
         loop.cancel_autoclear(node)
+        # One that was killed while it attached: the kernel asks the file for its size, which a
+        # pending signal interrupts, and goes on with 0 (Linux 6.18, lo_calculate_size)
+        if loop.capacity(node) != os.stat(file).st_size:
+            loop.set_capacity(node)
         return node
     try:
         return loop.attach(file, direct_io=True)

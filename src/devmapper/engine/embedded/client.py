@@ -68,6 +68,9 @@ class EmbeddedPoolClient:
     def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
         return self._ask(list[ChangedRange], "changed_ranges", thin_a=thin_a, thin_b=thin_b)
 
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        return self._ask(int, "own_blocks", thin_id=thin_id, origin=origin)
+
     def create_thin(self, thin_id: ThinId) -> None:
         self._order("create_thin", thin_id=thin_id)
 

@@ -72,6 +72,9 @@ class Operations:
     def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
         return self._pool.changed_ranges(thin_a, thin_b)
 
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        return self._pool.own_blocks(thin_id, origin)
+
     def create_thin(self, thin_id: ThinId) -> None:
         self._pool.create_thin(_id(thin_id))
 

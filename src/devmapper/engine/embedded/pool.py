@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from devmapper.engine.embedded import opening
 from devmapper.engine.embedded.commit import COMMIT_PERIOD
@@ -31,8 +31,10 @@ from devmapper.errors import (
     ThinIdMissing,
     UsageError,
 )
+from devmapper.thin.delta import own_blocks
+from devmapper.thin.format import Superblock
 from devmapper.thin.metadata import PoolMetadata
-from devmapper.thin.walk import read_superblock
+from devmapper.thin.walk import BlockReader, read_superblock
 from devmapper.units import SECTOR_SIZE, Bytes, ThinId, TransactionId
 
 __all__ = ["EmbeddedPool", "ThinDevice"]
@@ -40,6 +42,8 @@ __all__ = ["EmbeddedPool", "ThinDevice"]
 log = logging.getLogger(__name__)
 
 _UNPINNED_TRIES: Final = 3
+
+T = TypeVar("T")
 
 
 class EmbeddedPool:
@@ -213,7 +217,19 @@ class EmbeddedPool:
             copy_sparse(self._core.table.metadata_device, target)
 
     def changed_ranges(self, thin_a: ThinId, thin_b: ThinId) -> list[ChangedRange]:
-        """Commit, then compare the committed trees; nothing waits meanwhile.
+        """Commits; nothing waits meanwhile."""
+        return self._compare(
+            lambda device, superblock: changed_ranges(device, superblock, thin_a, thin_b)
+        )
+
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        """Commits; nothing waits meanwhile."""
+        return self._compare(
+            lambda device, superblock: own_blocks(device, superblock, thin_id, origin)
+        )
+
+    def _compare(self, compare: Callable[[BlockReader, Superblock], T]) -> T:
+        """Commit, then let *compare* read the committed trees.
 
         A commit amid it may let blocks of those trees be reused: then what was read does not
         count.  Where commits come that often the last try keeps them waiting.
@@ -223,12 +239,11 @@ class EmbeddedPool:
         for _ in range(_UNPINNED_TRIES):
             with suppress(IntegrityError, ThinIdMissing):  # if they are real, the last try says so
                 before = read_superblock(self._metadata_device)
-                found = changed_ranges(self._metadata_device, before, thin_a, thin_b)
+                found = compare(self._metadata_device, before)
                 if read_superblock(self._metadata_device) == before:
                     return found
         with self._core.metadata.uncommitted():
-            superblock = read_superblock(self._metadata_device)
-            return changed_ranges(self._metadata_device, superblock, thin_a, thin_b)
+            return compare(self._metadata_device, read_superblock(self._metadata_device))
 
     def open_device(self, thin_id: ThinId, size: Bytes) -> ThinDevice:
         """Open a thin device as a disk of *size* bytes; `ThinBusy` if it is open already."""

@@ -112,6 +112,15 @@ class KernelPool:
 
         return self._ask_metadata(question)
 
+    def own_blocks(self, thin_id: ThinId, origin: ThinId) -> int:
+        """Reads as much of the mapping trees as differs."""
+        from devmapper.thin.delta import own_blocks
+
+        def question(device: DirectDevice, superblock: Superblock) -> int:
+            return own_blocks(device, superblock, thin_id, origin)
+
+        return self._ask_metadata(question)
+
     def create_thin(self, thin_id: ThinId) -> None:
         """One ioctl."""
         self._message(f"create_thin {_id(thin_id)}", thin_id)

@@ -66,7 +66,7 @@ class Calls:
             storage_opt=request.storage_opt,
             owner=DOCKER,
         )
-        self._transfers.forget(request.id)  # of a layer before it that others have removed
+        self._transfers.forget(request.id)  # into an earlier layer of this id
         return NOTHING
 
     def remove(self, request: LayerRequest) -> Reply:
@@ -78,7 +78,8 @@ class Calls:
         if layer is not None:
             leave(self._driver.devices, layer, DOCKER)
             self._driver.remove(layer)
-            self._transfers.forget(layer)
+        # Also of one that a request has removed which did not live to say so
+        self._transfers.forget(request.id)
         return NOTHING
 
     def get(self, request: LayerRequest) -> Reply:

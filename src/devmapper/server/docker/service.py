@@ -22,12 +22,12 @@ from devmapper.driver import Driver
 from devmapper.errors import DevmapperError, UsageError
 from devmapper.server.docker import wire
 from devmapper.server.docker.calls import Calls, Reply
-from devmapper.server.docker.streams import Intake, Outlet, next_piece
 from devmapper.server.docker.wire import LayerRequest
 from devmapper.server.docker.wording import is_expected, sentence
 from devmapper.server.http import FOREVER_SECONDS, HttpService
 from devmapper.server.operations import Operations
 from devmapper.server.service import STOP_SECONDS
+from devmapper.server.streams import Intake, Outlet, next_piece
 
 log = logging.getLogger(__name__)
 

@@ -56,12 +56,21 @@ class Outlet(io.RawIOBase):
 
 
 class Intake(io.RawIOBase):
-    """What a thread reads from: the body of a request, whose *first* bytes were read already."""
+    """What a thread reads from: the body of a request, whose *first* bytes were read already.
+
+    It waits for PIECE bytes at a time, or only for the *least* that the thread can begin with.
+    """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, content: StreamReader, first: bytes
+        self,
+        loop: asyncio.AbstractEventLoop,
+        content: StreamReader,
+        first: bytes,
+        *,
+        least: int = PIECE,
     ) -> None:
         super().__init__()
+        self._least = least
         self._loop = loop
         self._content = content
         self._piece = memoryview(first)
@@ -72,7 +81,7 @@ class Intake(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         """`ConnectionError` for a body that ends before its end."""
         if not self._piece:
-            self._piece = memoryview(_wait_for(self._loop, next_piece(self._content)))
+            self._piece = memoryview(_wait_for(self._loop, next_piece(self._content, self._least)))
         target = memoryview(buffer)
         count = min(len(target), len(self._piece))
         target[:count] = self._piece[:count]
@@ -80,11 +89,11 @@ class Intake(io.RawIOBase):
         return count
 
 
-async def next_piece(content: StreamReader) -> bytes:
-    """The next bytes of a body, at least PIECE of them unless it ends; none at its end."""
+async def next_piece(content: StreamReader, least: int = PIECE) -> bytes:
+    """The next bytes of a body, at least that many unless it ends; none at its end."""
     found = bytearray()
     try:
-        while len(found) < PIECE:
+        while len(found) < least:
             data = await content.readany()
             if not data:
                 break

@@ -1,0 +1,1 @@
+"""Our own commands at the daemon: JSON over HTTP on a unix socket."""
