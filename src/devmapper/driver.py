@@ -137,10 +137,11 @@ class Driver:
         With dm.use_deferred_deletion a layer in use is deleted when its last user is gone, which
         the result tells; without it that is `LayerBusy`.  moby `driver.go` Remove.
         """
+        layer = layer_id(id)
         deletion = Deletion.DONE
         with suppress(LayerNotFound):
-            deletion = self.devices.delete_device(layer_id(id))
-        self._remove_mount_point(id)
+            deletion = self.devices.delete_device(layer)
+        self._remove_mount_point(layer)
         return deletion
 
     def get(
@@ -162,13 +163,14 @@ class Driver:
             raise LayerNotFound(layer)
         path = self._mount_point(layer)
         self._private_home.pin()
-        for directory in (path.parent, path):
-            make_owned(directory, 0o755, self.devices.owner)
-        try:
-            self.devices.mount_device(layer, path, mount_label, user=user, once=once)
-        except BaseException:
-            self._remove_mount_point(layer)
-            raise
+
+        def make_mount_point() -> None:
+            for directory in (path.parent, path):
+                make_owned(directory, 0o755, self.devices.owner)
+
+        self.devices.mount_device(
+            layer, path, mount_label, user=user, once=once, make_place=make_mount_point
+        )
         try:
             prepare_root(layer, path, self.devices.owner)
         except BaseException:
@@ -343,15 +345,11 @@ class Driver:
     def _mount_point(self, layer: str) -> Path:
         return self.devices.home / "mnt" / layer
 
-    def _remove_mount_point(self, layer: str) -> None:
+    def _remove_mount_point(self, layer: LayerId) -> None:
         """moby 1.7 leaves the directories behind."""
-        path = self._mount_point(layer)
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            pass
-        except OSError as err:  # mounted after all, or it holds what somebody put there
-            log.debug("%s stays: %s", path, err.strerror)
+        mounts = self.devices.parts.mounts
+        with mounts.hold(layer):
+            mounts.remove_mount_point(layer)
 
     @contextmanager
     def _tree(self, id: str) -> Iterator[Path]:  # noqa: A002 - the seed's name

@@ -4,10 +4,13 @@ Cases of `graphdriver_suite.GraphDriverSuite`, in a file of their own.
 """
 
 import os
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -329,3 +332,19 @@ class SizesAndMounts(GraphDriverBase):
         with pytest.raises(UsageError, match="no root"):
             devmapper.init(home, engine=self.make_engine(), uid_maps=[IdMap(1, 100000, 10)])
         assert not home.exists()
+
+    def test_one_layer_by_two_at_once(self, driver):
+        """Whoever comes while the last one leaves finds the mount point, or makes it."""
+        driver.create("one")
+
+        def use(seed: int) -> None:
+            pauses = random.Random(seed)
+            for _ in range(60):
+                assert Path(driver.get("one")).is_dir()
+                driver.put("one")
+                time.sleep(pauses.uniform(0, 0.01))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(use, range(2)))
+        assert not driver.devices.is_mounted("one")
+        assert not (driver.home / "mnt" / "one").exists()

@@ -24,6 +24,8 @@ UP_SECONDS: Final = 90.0
 _LIVES: Final = (2.0, 5.0)  # seconds that a daemon is given
 _DEAD: Final = (0.0, 0.3)  # and for which there is none
 
+SHARED: Final = "shared"  # the name of a layer, and of a snapshot
+
 Files = dict[str, bytes]
 
 
@@ -50,6 +52,9 @@ class Rig:
         self.daemon = daemon
         self.folder = folder
         self.random = random.Random(seed)
+        self.shared = {
+            SHARED: {"shared": self.random.randbytes(5000)}
+        }  # all use it, none removes it
         self.kills = 0
         self.failures: list[str] = []
         self.operations: Counter[str] = Counter()

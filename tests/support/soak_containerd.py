@@ -14,7 +14,7 @@ from devmapper.linux.mount import MountFlag
 from devmapper.server.containerd.api import mount_pb2
 from devmapper.server.containerd.api import snapshots_pb2 as api
 from tests.support.snapshots_client import SnapshotsClient
-from tests.support.soak import Client, Files, Lost, Refused, Rig, check_files, write_files
+from tests.support.soak import SHARED, Client, Files, Lost, Refused, Rig, check_files, write_files
 
 T = TypeVar("T")
 
@@ -73,12 +73,12 @@ class ContainerdClient(Client):
 
     def grow(self) -> None:
         """A snapshot is made and written to; it is committed, thrown away, or stays mounted."""
-        key, parent = self.new_name(), self.random.choice(["", *self.committed()])
+        key, parent = self.new_name(), self.random.choice(["", SHARED, *self.committed()])
         labels = {"containerd.io/gc.ref": key} if self.random.random() < 0.5 else {}
         # What descends from a larger one cannot be smaller
         if parent == "" and self.random.random() < 0.15:
             labels |= MAX_SIZE
-        files = dict(self.snapshots[parent].files) if parent else {}
+        files = dict(self.shown_by(parent))
         found = self.make("Prepare", key, parent, labels)
         made = self.snapshots[key] = Snapshot("active", parent, labels, files)
         new = self.new_files()
@@ -153,7 +153,7 @@ class ContainerdClient(Client):
         found = self.ask(f"Usage {name}", lambda: self._raw(lambda: self._client.usage(name)))
         assert found is not None
         one = self.snapshots[name]
-        below = self.snapshots[one.parent].files if one.parent else {}
+        below = self.shown_by(one.parent)
         if one.kind == "committed":
             assert found[1] >= len(one.files) - len(below), (name, found)
 
@@ -191,6 +191,10 @@ class ContainerdClient(Client):
         leaves = sorted(self.snapshots.keys() - parents)
         if leaves:
             self.remove(self.random.choice(leaves))
+
+    def shown_by(self, parent: str) -> Files:
+        found = self.snapshots.get(parent)
+        return self.rig.shared.get(parent, {}) if found is None else found.files
 
     def committed(self) -> list[str]:
         return [name for name, one in self.snapshots.items() if one.kind == "committed"]

@@ -11,8 +11,9 @@ from typing import Final, TypeVar
 
 import pytest
 
-from tests.support.plugin_client import PluginClient, PluginError
+from tests.support.layers_client import PluginClient, PluginError
 from tests.support.soak import (
+    SHARED,
     Client,
     Files,
     Lost,
@@ -74,7 +75,7 @@ class DockerClient(Client):
 
     def grow(self) -> None:
         """A layer is made and its files are changed."""
-        parent = self.random.choice(["", *self.layers])
+        parent = self.random.choice(["", SHARED, *self.layers])
         layer = self.create(parent, _SIZE if not parent and self.random.random() < 0.15 else "")
         one = self.layers[layer]
         root = self.get(layer)
@@ -95,7 +96,7 @@ class DockerClient(Client):
 
     def unpack(self) -> None:
         """A layer comes as a tar.  One that was broken off is removed and made again."""
-        parent = self.random.choice(["", *self.layers])
+        parent = self.random.choice(["", SHARED, *self.layers])
         layer = self.create(parent)
         one, new = self.layers[layer], self.new_files()
         tar = make_tar(new)
@@ -190,7 +191,8 @@ class DockerClient(Client):
             lambda: self._raw(lambda: self._client.create(layer, parent, size)),
             done=lambda _: self.exists(layer),
         )
-        files = dict(self.layers[parent].files) if parent else {}
+        found = self.rig.shared.get(parent, {})
+        files = dict(self.layers[parent].files if parent in self.layers else found)
         self.layers[layer] = Layer(parent, files, dict(files))
         return layer
 

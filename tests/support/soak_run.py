@@ -13,9 +13,11 @@ from devmapper.engine.runtime import runtime_base
 from devmapper.linux import mount
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import check_consistent, records
+from tests.support.layers_client import PluginClient
 from tests.support.snapshots_client import connected
-from tests.support.soak import Client, Rig
+from tests.support.soak import SHARED, Client, Rig, write_files
 from tests.support.soak_containerd import ContainerdClient
+from tests.support.soak_containerd import mount as attach
 from tests.support.soak_docker import DockerClient
 
 OPTIONS = (
@@ -40,10 +42,8 @@ def soak(folder: Path, seconds: float, capsys: pytest.CaptureFixture[str]) -> No
     with served(
         folder, storage_options=OPTIONS, docker=True, containerd=True, check_log=False
     ) as daemon:
-        with connected(daemon.containerd) as first:
-            first.prepare("first")  # makes the root, which stays
-            first.remove("first")
         rig = Rig(daemon, places, seed)
+        make_shared(rig)
         containerd = [ContainerdClient(rig, f"c{n}", seed + n) for n in range(PAIRS)]
         docker = [DockerClient(rig, f"d{n}", seed + 100 + n) for n in range(PAIRS)]
         clients: list[Client] = [*containerd, *docker]
@@ -54,6 +54,7 @@ def soak(folder: Path, seconds: float, capsys: pytest.CaptureFixture[str]) -> No
             check_everything(daemon, containerd, docker)
             with rig.at_once([client.end for client in clients]):
                 pass
+            remove_shared(rig)
         except BaseException:
             for entry in reversed(mount.mountinfo()):
                 if str(entry.mount_point).startswith(str(places)):
@@ -78,12 +79,37 @@ def soak(folder: Path, seconds: float, capsys: pytest.CaptureFixture[str]) -> No
             print(f"{name:12} {len(times):6}  median {median:6.3f} s, at most {longest:6.3f} s")
 
 
+def make_shared(rig: Rig) -> None:
+    (files,) = rig.shared.values()
+    with connected(rig.daemon.containerd) as containerd:
+        place = rig.folder / SHARED
+        place.mkdir()
+        attach(containerd.prepare("key"), place)
+        write_files(place, files)
+        mount.unmount(place)
+        place.rmdir()
+        containerd.commit(SHARED, "key")
+    docker = PluginClient(rig.daemon.docker)
+    docker.create(SHARED)
+    write_files(docker.get(SHARED), files)
+    docker.put(SHARED)
+    docker.close()
+
+
+def remove_shared(rig: Rig) -> None:
+    with connected(rig.daemon.containerd) as containerd:
+        containerd.remove(SHARED)
+    docker = PluginClient(rig.daemon.docker)
+    docker.remove(SHARED)
+    docker.close()
+
+
 def check_everything(
     daemon: Daemon, containerd: list[ContainerdClient], docker: list[DockerClient]
 ) -> None:
     """What all clients together know of is all there is."""
     with connected(daemon.containerd) as client:
-        known = {name for each in containerd for name in each.snapshots}
+        known = {SHARED, *(name for each in containerd for name in each.snapshots)}
         assert set(client.names()) == known
     found = records(daemon.home)
     assert not [name for name, record in found.items() if record["deleted"]]
@@ -91,7 +117,10 @@ def check_everything(
     for name, record in found.items():
         owners.setdefault(record.get("owner"), set()).add(name)
     assert owners.pop(None) == {"base"}
-    assert owners.pop("docker", set()) == {name for each in docker for name in each.layers}
+    assert owners.pop("docker", set()) == {
+        SHARED,
+        *(name for each in docker for name in each.layers),
+    }
     assert len(owners.pop("containerd")) == len(known) + 1
     assert not owners
 

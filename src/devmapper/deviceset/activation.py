@@ -9,8 +9,8 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -55,10 +55,18 @@ class LayerMounts:
             yield
 
     def mount(
-        self, layer: LayerId, path: Path, label: str, *, user: str = SOMEBODY, once: bool = False
+        self,
+        layer: LayerId,
+        path: Path,
+        label: str,
+        *,
+        user: str = SOMEBODY,
+        once: bool = False,
+        make_place: Callable[[], object] = lambda: None,
     ) -> int:
         """Mount *layer* on *path*, or count one more user; returns how many there are now.
 
+        *make_place* makes the directory *path* before, where nobody can remove it again meanwhile.
         With *once* a *user* who has it mounted is not counted again.  On an error the layer is as
         it was.
         """
@@ -76,7 +84,13 @@ class LayerMounts:
                     users[user] += 1
             else:
                 check_not_served(layer, info)
-                self._activate_and_mount(layer, info, path, label)
+                make_place()
+                try:
+                    self._activate_and_mount(layer, info, path, label)
+                except BaseException:
+                    if _same_place(self._mount_points / layer, path):
+                        self.remove_mount_point(layer)
+                    raise
                 users = Counter({user: 1})
             self._users.set(layer, users)
             return users.total()
@@ -202,9 +216,17 @@ class LayerMounts:
         return LayerBusy(file_name(layer), who_holds(info) if info else ())
 
     def remove_mount_point(self, layer: LayerId) -> None:
-        """Remove the directory below `mnt`, which moby 1.7 leaves behind."""
-        with suppress(OSError):  # not there, mounted again, or somebody has put something into it
+        """Remove the directory below `mnt`, which moby 1.7 leaves behind.
+
+        Call while holding the layer, or it goes between the moments when somebody else makes it
+        and mounts on it.
+        """
+        try:
             (self._mount_points / layer).rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as err:  # mounted after all, or it holds what somebody put there
+            log.debug("mount point of layer %r stays: %s", file_name(layer), err.strerror)
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""

@@ -7,7 +7,7 @@ may have the same graph open.
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -212,10 +212,12 @@ class DeviceSet:
         *,
         user: str = "",
         once: bool = False,
+        make_place: Callable[[], object] = lambda: None,
     ) -> None:
         """Mount the layer's file system on *path*, or count one more user of that mount.
 
-        A *user* with a name is remembered until the next boot, and with *once* counted once only.
+        *make_place* is called where it is to be mounted, to make the directory *path*.  A *user*
+        with a name is remembered until the next boot, and with *once* counted once only.
 
         `LayerNotFound`, `LayerBusy` if it is mounted elsewhere, `MountFailed`, `UsageError` for a
         label that is not fit; the layer is as it was then.  moby `deviceset.go` MountDevice.
@@ -223,7 +225,9 @@ class DeviceSet:
         check_label(mount_label)
         layer = internal_layer_id(hash)
         self._known(layer)
-        users = self._mounts.mount(layer, Path(path), mount_label, user=user, once=once)
+        users = self._mounts.mount(
+            layer, Path(path), mount_label, user=user, once=once, make_place=make_place
+        )
         log.debug("layer %r is mounted on %s, %d users", hash, path, users)
 
     def unmount_device(self, hash: str, *, user: str = "") -> int:  # noqa: A002 - the seed's name

@@ -24,33 +24,33 @@ class Users:
     def __init__(self, directory: Path) -> None:
         """*directory* is one of a file system that is empty after a boot; made when needed."""
         self._directory = directory
-        self._known: dict[LayerId, Counter[str]] = {}
+        self._nameless: dict[LayerId, int] = {}
 
     def of(self, layer: LayerId) -> Counter[str]:
-        """Who uses a layer that is mounted: somebody, if that is not known any better."""
-        found = self._known.get(layer)
-        if found is None:
-            found = self._read(layer)
-        return Counter(found if found.total() else {SOMEBODY: 1})
+        """Who uses a layer that is mounted: somebody, if that is not known any better.
+
+        Those with a name are read anew: another process on the graph may have counted.
+        """
+        found = self._read(layer)
+        found[SOMEBODY] = self._nameless.get(layer, 0)
+        return found if found.total() else Counter({SOMEBODY: 1})
 
     def set(self, layer: LayerId, users: Counter[str]) -> None:
         """Remember them; `OSError` where that fails for those with a name."""
-        before = {name: number for name, number in self._named(layer).items() if number}
         named = {name: number for name, number in users.items() if name and number}
-        if named != before:
+        if named != self._read(layer):
             self._write(layer, named)
-        self._known[layer] = Counter({name: number for name, number in users.items() if number})
+        self._nameless[layer] = users[SOMEBODY]
 
     def drop(self, layer: LayerId) -> None:
         """The layer is not mounted any more."""
-        known = self._known.pop(layer, None)
-        if known is None or any(known):
-            with suppress(FileNotFoundError):
-                self._file(layer).unlink()
+        self._nameless.pop(layer, None)
+        with suppress(FileNotFoundError):
+            self._file(layer).unlink()
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
-        self._known.clear()
+        self._nameless.clear()
 
     def layers_of(self, user: str) -> list[LayerId]:
         """The layers that *user*, who has a name, is remembered for; not all may be mounted."""
@@ -59,12 +59,7 @@ class Users:
         except FileNotFoundError:
             return []
         layers = [layer_of_file(name) for name in names if not name.startswith(".")]
-        return [layer for layer in layers if self._named(layer).get(user)]
-
-    def _named(self, layer: LayerId) -> Counter[str]:
-        known = self._known.get(layer)
-        found = self._read(layer) if known is None else known
-        return Counter({name: number for name, number in found.items() if name})
+        return [layer for layer in layers if self._read(layer).get(user)]
 
     def _file(self, layer: LayerId) -> Path:
         return self._directory / file_name(layer)
