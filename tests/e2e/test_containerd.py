@@ -4,9 +4,7 @@ Both daemons take seconds to start, so that each test is one long story.
 """
 
 import io
-import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from tests.support import snapshots_client
 from tests.support.containerd import NAMESPACE, SNAPSHOTTER, Containerd
 from tests.support.daemon import Daemon, served
 from tests.support.dockerd import busybox_tar
-from tests.uml.boot import SCRATCH
 
 OPTIONS = (
     "dm.loopdatasize=1G",
@@ -53,23 +50,14 @@ class Both(NamedTuple):
 )
 def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Both]:
     """Both run; at the end nothing of them is left, and thin_check has the last word."""
-    folder = tmp_path
-    if SCRATCH.is_dir():
-        folder = Path(tempfile.mkdtemp(prefix="test-", dir=SCRATCH))  # thin_check needs a disk
-    try:
-        with (
-            served(
-                folder, storage_options=OPTIONS, engine=request.param, containerd=True
-            ) as daemon,
-            rig.containerd(folder, daemon.containerd) as containerd,
-        ):
-            containerd.start()
-            yield Both(daemon, containerd)
-            if containerd.running:
-                containerd.stop()
-    finally:
-        if folder != tmp_path:
-            shutil.rmtree(folder)
+    with (
+        served(tmp_path, storage_options=OPTIONS, engine=request.param, containerd=True) as daemon,
+        rig.containerd(tmp_path, daemon.containerd) as containerd,
+    ):
+        containerd.start()
+        yield Both(daemon, containerd)
+        if containerd.running:
+            containerd.stop()
 
 
 def layer(*members: tuple[str, bytes] | str) -> bytes:

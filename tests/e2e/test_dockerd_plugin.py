@@ -42,6 +42,7 @@ CHANGES = (
     " mknod /dir/null c 1 3 && chmod 4711 /dir/hard && echo longer >/etc/settings && rm /gone"
 )
 RUN = ("run", "--network=none")
+STOPPED_AT_ONCE = ("--stop-signal=KILL",)  # a shell as the first process ignores all others
 
 
 @pytest.fixture(
@@ -165,7 +166,9 @@ def test_dockerd_restarts(both, tmp_path):
     docker.start()
     import_first(both)
     write = "i=0; while :; do i=$((i+1)); echo $i >/count; sleep 0.05; done"
-    docker.docker(*RUN, "--detach", "--name=c1", "first", "sh", "-c", f"echo up; {write}")
+    docker.docker(
+        *RUN, *STOPPED_AT_ONCE, "--detach", "--name=c1", "first", "sh", "-c", f"echo up; {write}"
+    )
     docker.docker(*RUN, "--name=c2", "first", "sh", "-c", "echo kept >/kept")
     assert docker.first_line_of("c1") == "up"
     docker.stop()  # and with it the container
@@ -194,8 +197,9 @@ def test_the_daemon_restarts_amid_work(both, number, tmp_path):
     daemon, docker = both
     docker.start()
     import_first(both)
-    write = "i=0; while :; do i=$((i+1)); echo $i >>/lines; sleep 0.02; done"
-    docker.docker(*RUN, "--detach", "--name=running", "first", "sh", "-c", f"echo up; {write}")
+    # The first line before the first commit, which stops its processes meanwhile
+    write = "echo 1 >/lines; echo up; i=1; while i=$((i+1)); do echo $i >>/lines; sleep 0.02; done"
+    docker.docker(*RUN, *STOPPED_AT_ONCE, "--detach", "--name=running", "first", "sh", "-c", write)
     assert docker.first_line_of("running") == "up"
     layer = docker.layer_of("running")
     ended = threading.Event()

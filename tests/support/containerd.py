@@ -23,7 +23,7 @@ from typing import Any, Final
 from devmapper.linux import mount
 from tests.support import cgroup
 
-SNAPSHOTTER: Final = "dmt"
+SNAPSHOTTER: Final = "devmapper-serve"
 NAMESPACE: Final = "e2e"
 _SHIM_SOCKETS: Final = Path("/run/containerd/s")
 _START_SECONDS: Final = 60.0

@@ -1,4 +1,4 @@
-"""Requests of Docker's plugin protocol one by one, right and wrong, as moby `pkg/plugins` sends them."""
+"""Single requests of the plugin protocol, right and wrong, as moby `pkg/plugins` sends them."""
 
 import http.client
 import json

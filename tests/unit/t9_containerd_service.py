@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from devmapper import errors
 from devmapper.deviceset.deviceset import DeviceSet
-from devmapper.deviceset.names import BASE
+from devmapper.deviceset.names import BASE, LayerId
 from devmapper.deviceset.sizing import create_layer
 from devmapper.errors import DevmapperError, PoolFull, Space, UsageError
 from devmapper.server.containerd.api import snapshots_pb2 as api
@@ -29,6 +29,7 @@ from devmapper.server.containerd.service import SnapshotsService
 from devmapper.server.containerd.translate import translate
 from devmapper.server.operations import Operations
 from devmapper.snapshots import Kind, Snapshots
+from devmapper.snapshots.index import Entry
 from devmapper.snapshots.record import SnapshotRecord, encode
 from devmapper.snapshots.root import ROOT_LAYER
 from devmapper.units import ThinId
@@ -203,6 +204,19 @@ def test_lists_in_chunks_by_filters(client, snapshots):
         client.names("kind=active")
     by_name = {info.name: info for info in client.infos()}
     assert by_name["v010"] == client.stat("v010")
+
+
+def test_ten_thousand_in_under_a_second(client, snapshots):
+    client.prepare("a")
+    client.commit("base", "a")
+    base = snapshots._index.get("base")
+    for number in range(10_000):
+        labels = {"containerd.io/snapshot.ref": f"sha256:{number:064x}"}
+        record = SnapshotRecord(f"{number:05}", Kind.COMMITTED, base.layer, labels, 1, 1)
+        snapshots._index.add(Entry(LayerId(f"snapshot-{number}"), base.record, record))
+    begin = time.perf_counter()
+    assert len(client.infos("name!=base")) == 10_000
+    assert time.perf_counter() - begin < 1
 
 
 def test_bad_names(client):

@@ -42,9 +42,13 @@ WORKERS: Final = 32
 _REQUEST_LIMIT: Final = (
     4 << 20
 )  # bytes of a message, gRPC's default; containerd's labels: 4 KiB each
+_WAITING_LIMIT: Final = 32_768  # requests
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _REQUEST_LIMIT),
     ("grpc.so_reuseport", 0),
+    # Beyond a thousand that wait for a thread gRPC would cancel some at random
+    ("grpc.server.max_pending_requests", _WAITING_LIMIT),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * _WAITING_LIMIT),
 )
 _GONE: Final = Status(grpc.StatusCode.CANCELLED, "the client has gone")
 
