@@ -16,11 +16,11 @@ from typing import TypeAlias
 
 import grpc
 import pytest
-from devmapper.server.streams import PIECE
 
 from devmapper.linux import mount as mounts
 from devmapper.server.containerd.api import mount_pb2
 from devmapper.server.containerd.api import snapshots_pb2 as api
+from devmapper.server.streams import PIECE
 from devmapper.units import MIB
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import records
