@@ -24,6 +24,7 @@ from devmapper.deviceset.names import LayerId, file_name, layer_id
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
 from devmapper.errors import LayerNotFound
+from devmapper.layerdiff.ids import IDENTITY, Ids
 from devmapper.linux import blockdev, libc, mount
 from devmapper.linux.blockdev import opened
 from devmapper.units import ThinId
@@ -47,11 +48,14 @@ def init(
 
     *engine* is which one to use: "auto", "kernel" or "embedded", or one that the caller has made.
     With maps of a user namespace (`deviceset.id_maps.IdMap`) the home, mount points and the root
-    of each layer belong to the container's root; `UsageError`, before anything is touched, for maps
-    without one.  Errors are those of `DeviceSet` and `EnvironmentLacking`.  moby `driver.go` Init.
+    of each layer belong to the container's root, and tars of layers hold the container's ids;
+    `UsageError`, before anything is touched, for maps without a root.  Errors are those of
+    `DeviceSet` and `EnvironmentLacking`.  moby `driver.go` Init.
     """
+    uid_maps, gid_maps = tuple(uid_maps), tuple(gid_maps)
     root = container_root(uid_maps, gid_maps)
-    return Driver(DeviceSet(home, options, engine=_engine(engine), owner=root))
+    devices = DeviceSet(home, options, engine=_engine(engine), owner=root)
+    return Driver(devices, ids=Ids(uid_maps, gid_maps))
 
 
 def mounted(path: Path | str) -> bool:
@@ -85,8 +89,10 @@ class LayerUsage(NamedTuple):
 class Driver:
     """An open graph driver; every method may be called from any thread."""
 
-    def __init__(self, devices: DeviceSet) -> None:
+    def __init__(self, devices: DeviceSet, *, ids: Ids = IDENTITY) -> None:
+        """*ids*: what ids in tars are on disk; their root is to be the owner of *devices*."""
         self.devices = devices
+        self.ids = ids
         self._private_home = PrivateHome(devices.home, devices.exclusive)
 
     def __str__(self) -> str:
@@ -254,7 +260,7 @@ class Driver:
         from devmapper.layerdiff.archive import write_diff
 
         with self._trees(id, parent) as (new, old):
-            write_diff(new, self._changes(id, parent, new, old), out)
+            write_diff(new, self._changes(id, parent, new, old), out, ids=self.ids)
 
     @contextmanager
     def diff(self, id: str, parent: str = "") -> Iterator[BinaryIO]:  # noqa: A002 - the seed's name
@@ -267,7 +273,7 @@ class Driver:
 
         with self._trees(id, parent) as (new, old):
             listed = self._changes(id, parent, new, old)
-            with _written_by(lambda out: write_diff(new, listed, out)) as stream:
+            with _written_by(lambda out: write_diff(new, listed, out, ids=self.ids)) as stream:
                 yield stream
 
     def apply_diff(
@@ -289,7 +295,7 @@ class Driver:
         if parent and not self.exists(parent):
             raise LayerNotFound(parent)
         with self._tree(id) as root, written_out(root):
-            return apply(root, stream, progress=progress)
+            return apply(root, stream, progress=progress, ids=self.ids)
 
     def diff_size(self, id: str, parent: str = "") -> int:  # noqa: A002 - the seed's name
         """Bytes of the files that a layer has added or modified."""

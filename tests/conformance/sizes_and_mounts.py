@@ -3,10 +3,12 @@
 Cases of `graphdriver_suite.GraphDriverSuite`, in a file of their own.
 """
 
+import io
 import os
 import random
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +23,10 @@ from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.id_maps import IdMap, container_root
 from devmapper.deviceset.steps import Step
 from devmapper.driver import Driver
-from devmapper.errors import DevmapperError, MountFailed, UsageError
+from devmapper.errors import ArchiveError, DevmapperError, MountFailed, UsageError
 from devmapper.linux import mount, xfs
 from devmapper.units import MIB, Bytes, ThinId
-from tests.conformance.graphdriver_base import GraphDriverBase
+from tests.conformance.graphdriver_base import GRAPH, GraphDriverBase, clean_up
 
 XFS = ("dm.fs=xfs", "dm.mkfsarg=-K")
 
@@ -326,6 +328,43 @@ class SizesAndMounts(GraphDriverBase):
                 0o755,
             )
             driver.cleanup()
+
+    def test_tars_hold_the_containers_ids(self, home):
+        uids, gids = [IdMap(0, 100000, 1000)], [IdMap(0, 200000, 500), IdMap(500, 300000, 500)]
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            for name, uid, gid in (("a/b/file", 7, 600), ("own", 0, 0)):
+                member = tarfile.TarInfo(name)
+                member.uid, member.gid = uid, gid
+                archive.addfile(member)
+        foreign = tarfile.TarInfo("foreign")
+        foreign.uid = 1000
+        driver = devmapper.init(
+            home, GRAPH, engine=self.make_engine(), uid_maps=iter(uids), gid_maps=iter(gids)
+        )
+        try:
+            driver.create("one")
+            raw.seek(0)
+            driver.apply_diff("one", "", raw)
+            root = Path(driver.get("one"))
+            assert ids(root / "a/b/file") == (100007, 300100)
+            assert ids(root / "a") == ids(root / "a/b") == ids(root / "own") == (100000, 200000)
+            driver.create("two", "one")
+            with pytest.raises(ArchiveError, match="user id 1000 is in none of the maps"):
+                driver.apply_diff("two", "one", io.BytesIO(foreign.tobuf()))
+            root = Path(driver.get("two"))
+            os.chown(root / "own", 100999, 300499)
+            written = io.BytesIO()
+            driver.write_diff("two", "one", written)
+            with driver.diff("two", "one") as stream:
+                assert stream.read() == written.getvalue()
+            written.seek(0)
+            with tarfile.open(fileobj=written) as archive:
+                assert [(m.name, m.uid, m.gid) for m in archive] == [("own", 999, 999)]
+            for layer in ("one", "two"):
+                driver.put(layer)
+        finally:
+            clean_up(driver)
 
     def test_maps_without_a_root_touch_nothing(self, tmp_path):
         home = tmp_path / "none"

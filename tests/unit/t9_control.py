@@ -162,6 +162,7 @@ def life(graph: OpenGraph) -> list[object]:
             lambda: graph.inspect("b"),
             lambda: graph.inspect("c"),
             graph.info,
+            graph.id_maps,
             graph.resize,
             lambda: graph.resize(1),
             lambda: graph.resize(8 << 20).data.total,

@@ -114,7 +114,8 @@ def import_(
     """Make a layer of a tar or of a directory.
 
     The tar may be compressed with gzip, bzip2, xz or zstd. If the import fails, the layer is
-    removed again.
+    removed again. With --id-map owners in the tar or directory are ids of the containers; one
+    that no map has is an error.
 
     Example: devmapper import debian rootfs.tar.zst
     """
@@ -150,11 +151,13 @@ def _filler(source: str) -> Iterator[Fill]:
 def _copy_directory(graph: "OpenGraph", layer: str, source: Path) -> int:
     from devmapper.driver import written_out
     from devmapper.layerdiff.copytree import copy_tree
+    from devmapper.layerdiff.ids import Ids
 
+    ids = Ids(*graph.id_maps())  # of whoever holds the graph
     root = Path(graph.get(layer))
     try:
         with written_out(root), progress(f"import {layer}", None) as advance:
-            return copy_tree(source, root, progress=advance)
+            return copy_tree(source, root, progress=advance, ids=ids)
     finally:
         graph.put(layer)
 

@@ -11,6 +11,7 @@ from devmapper.deviceset.consistency import Consistency
 from devmapper.graph.model import (
     EngineInfo,
     GraphInfo,
+    IdMaps,
     LayerDetails,
     LayerRow,
     NbdService,
@@ -130,6 +131,7 @@ LAYERS: Final = Call("layers", Nothing, Listing)
 INSPECT: Final = Call("inspect", OneLayer, LayerDetails)
 INFO: Final = Call("info", Nothing, GraphInfo)
 POOL: Final = Call("pool", Nothing, PoolInfo)
+ID_MAPS: Final = Call("id-maps", Nothing, IdMaps)
 RESIZE: Final = Call("resize", Growth, PoolInfo)
 ACTIVATE: Final = Call("activate", OneLayer, Activated)
 DEACTIVATE: Final = Call("deactivate", OneLayer, Done)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from devmapper.deviceset.deletion import Deletion
+from devmapper.deviceset.id_maps import IdMap
 from devmapper.deviceset.names import LayerId, layer_of_file
 from devmapper.deviceset.owners import Ownership, ownership_of
 from devmapper.errors import LayerNotFound, UsageError
@@ -17,6 +18,7 @@ from devmapper.graph.model import (
     ActiveDevice,
     EngineInfo,
     GraphInfo,
+    IdMaps,
     LayerDetails,
     LayerRow,
     NbdService,
@@ -131,6 +133,13 @@ class LocalGraph:
             found.data_file,
             found.metadata_file,
             allocated_bytes(Path(found.data_loopback)) if found.data_loopback else None,
+        )
+
+    def id_maps(self) -> IdMaps:
+        ids = self.driver.ids
+        return IdMaps(
+            tuple(IdMap(*each) for each in ids.uid_maps),
+            tuple(IdMap(*each) for each in ids.gid_maps),
         )
 
     def resize(self, size: int | None = None, *, metadata: int | None = None) -> PoolInfo:

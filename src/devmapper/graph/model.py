@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import BinaryIO, NamedTuple, Protocol
 
 from devmapper.deviceset.consistency import Consistency
+from devmapper.deviceset.id_maps import IdMap
 from devmapper.deviceset.owners import Ownership
 from devmapper.deviceset.status import DiskUsage
 from devmapper.layerdiff.changes import Change
@@ -98,6 +99,13 @@ class EngineInfo(NamedTuple):
     devices: tuple[ActiveDevice, ...]
 
 
+class IdMaps(NamedTuple):
+    """The user namespace of the containers; without maps ids are the same inside and outside."""
+
+    uid: tuple[IdMap, ...] = ()
+    gid: tuple[IdMap, ...] = ()
+
+
 class OpenGraph(Protocol):
     """A graph that somebody has opened.
 
@@ -121,6 +129,7 @@ class OpenGraph(Protocol):
     def inspect(self, layer: str) -> LayerDetails: ...
     def info(self) -> GraphInfo: ...
     def pool(self) -> PoolInfo: ...
+    def id_maps(self) -> IdMaps: ...
     def resize(self, size: int | None = None, *, metadata: int | None = None) -> PoolInfo:
         """Let the pool grow; `UsageError` if it is on loop files and no size is given."""
 

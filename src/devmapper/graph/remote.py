@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from devmapper.graph.model import (
         EngineInfo,
         GraphInfo,
+        IdMaps,
         LayerDetails,
         LayerRow,
         NbdService,
@@ -96,6 +97,9 @@ class RemoteGraph:
 
     def pool(self) -> "PoolInfo":
         return self._call(calls.POOL, calls.Nothing())
+
+    def id_maps(self) -> "IdMaps":
+        return self._call(calls.ID_MAPS, calls.Nothing())
 
     def resize(self, size: int | None = None, *, metadata: int | None = None) -> "PoolInfo":
         return self._call(calls.RESIZE, calls.Growth(size, metadata))

@@ -21,6 +21,7 @@ from devmapper.layerdiff.attributes import AttributeWriter
 from devmapper.layerdiff.compression import Decompressed
 from devmapper.layerdiff.confined import ConfinedRoot
 from devmapper.layerdiff.descent import clear_directory, remove_tree
+from devmapper.layerdiff.ids import IDENTITY, Ids
 from devmapper.layerdiff.sparse import write_sparse
 from devmapper.layerdiff.tarformat import Entry
 from devmapper.layerdiff.tarreader import TarReader
@@ -50,17 +51,24 @@ _BAD_NAME: Final = frozenset(
 )
 
 
-def apply(root: Path, stream: BinaryIO, *, progress: Callable[[int], None] | None = None) -> int:
+def apply(
+    root: Path,
+    stream: BinaryIO,
+    *,
+    progress: Callable[[int], None] | None = None,
+    ids: Ids = IDENTITY,
+) -> int:
     """Unpack the changes in *stream* (plain, gzip, bzip2, xz or zstd) over the tree *root*.
 
     Returns the sum of the sizes in the entries' headers.  *progress* gets the number of bytes just
-    read from *stream*.  Owners are set and device nodes are made for root only, as tar does.
-    Raises `ArchiveError` for a stream that is damaged or reaches out of the root, `OSError` with
-    the entry as its file name for a disk that refuses.
+    read from *stream*.  Owners are set and device nodes are made for root only, as tar does; ids
+    are the container's and become the host's by *ids*, whose root gets parents that are missing.
+    Raises `ArchiveError` for a stream that is damaged, reaches out of the root or has an id that no
+    map has, `OSError` with the entry as its file name for a disk that refuses.
     """
     reader = TarReader(Decompressed(stream, progress))
     size = 0
-    with _Unpacker(root, reader) as unpacker:
+    with _Unpacker(root, reader, ids) as unpacker:
         for entry in reader:
             size += entry.size
             try:
@@ -108,10 +116,12 @@ class _Directory(NamedTuple):
 
 
 class _Unpacker:
-    def __init__(self, root: Path, reader: TarReader) -> None:
-        self._root = ConfinedRoot(root)
-        self._reader = reader
+    def __init__(self, root: Path, reader: TarReader, ids: Ids) -> None:
         self._is_root = os.geteuid() == 0
+        self._ids = ids
+        is_owned = self._is_root and not ids.is_identity
+        self._root = ConfinedRoot(root, owner=ids.root if is_owned else None)
+        self._reader = reader
         # By the inode of the directory, so that a name reached through a link is the same name.
         self._unpacked: dict[int, set[str]] = {}
         self._directories: dict[tuple[str, ...], _Directory] = {}
@@ -139,7 +149,7 @@ class _Unpacker:
         _check_entry(entry)
         parts = _components(entry.name, "the name", entry.name)
         if not parts:
-            self._add_root(entry)
+            self._add_root(self._ids.on_host(entry))
             return
         if parts[0] == AUFS_LINKS:
             self._add_aufs_link(entry, parts)
@@ -151,7 +161,7 @@ class _Unpacker:
         if any(part.startswith(AUFS_METADATA) for part in parts):
             return
         _check_lengths(parts, entry.name)
-        self._put(entry, parts)
+        self._put(self._ids.on_host(entry), parts)
 
     def finish(self) -> None:
         """Set the times of the directories, deepest knowledge last: nothing is put in any more."""
@@ -310,6 +320,7 @@ class _Unpacker:
         if entry.type != tarformat.REGULAR or len(parts) != 2:
             return
         _check_lengths(parts, entry.name)
+        entry = self._ids.on_host(entry)
         if not self._aufs_directory:
             name = f".devmapper-{secrets.token_hex(8)}"
             os.mkdir(name, 0o700, dir_fd=self._root.fd)

@@ -16,6 +16,7 @@ from devmapper.layerdiff import tarformat
 from devmapper.layerdiff.attributes import describe
 from devmapper.layerdiff.changes import Change, Kind, changes, sort_key
 from devmapper.layerdiff.descent import Cursor, open_unseen
+from devmapper.layerdiff.ids import IDENTITY, OVERFLOW_ID, Ids
 from devmapper.layerdiff.sparse import data_ranges
 from devmapper.layerdiff.tarformat import BLOCK, Entry
 
@@ -32,24 +33,31 @@ def write_tree(root: Path, out: BinaryIO) -> None:
     write_diff(root, changes(root, None), out)
 
 
-def write_diff(root: Path, changes: Iterable[Change], out: BinaryIO) -> None:
+def write_diff(
+    root: Path, changes: Iterable[Change], out: BinaryIO, *, ids: Ids = IDENTITY
+) -> None:
     """Write *changes* of the tree *root* as an uncompressed tar stream, in the order of paths.
+
+    It holds the container's ids.  An owner that no map of *ids* has becomes 65534, with a warning
+    for the first one (moby leaves such a file out).
 
     Sockets are left out, as Docker does.  What has vanished since it was listed is left out with
     a warning; a file that has shrunk is filled up with zeros.  A name that starts with `.wh.` is
     an `ArchiveError`: the reader would take it for a deletion.
     """
     with Cursor(root) as cursor:
-        writer = _DiffWriter(cursor, out)
+        writer = _DiffWriter(cursor, out, ids)
         for change in sorted(changes, key=sort_key):
             writer.add(change)
         writer.finish()
 
 
 class _DiffWriter:
-    def __init__(self, cursor: Cursor, out: BinaryIO) -> None:
+    def __init__(self, cursor: Cursor, out: BinaryIO, ids: Ids) -> None:
         self._cursor = cursor
         self._out = out
+        self._ids = ids
+        self._has_warned = False  # of ids
         self._buffer = bytearray(_CHUNK)
         self._names: dict[tuple[int, int], str] = {}  # of files with several, where first written
 
@@ -82,6 +90,7 @@ class _DiffWriter:
             if change.kind is Kind.MODIFY:  # what it has replaced must not come back
                 self._add_whiteout(change.parts[:-1], name)
             return
+        entry = self._in_container(entry)
         if status.st_nlink > 1 and entry.type != tarformat.DIRECTORY:
             first = self._names.setdefault((status.st_dev, status.st_ino), path)
             if first != path:
@@ -94,6 +103,19 @@ class _DiffWriter:
         if entry.type == tarformat.DIRECTORY:
             entry = entry._replace(complete_xattrs=change.kind is Kind.MODIFY)
         self._write(tarformat.encode(entry))
+
+    def _in_container(self, entry: Entry) -> Entry:
+        translated, missing = self._ids.in_container(entry)
+        if missing and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%r: %s is in none of the maps of the user namespace; such owners become %d in the"
+                " archive, and further ones are not named",
+                entry.name,
+                missing,
+                OVERFLOW_ID,
+            )
+        return translated
 
     def _add_file(self, entry: Entry, name: str) -> None:
         # O_NONBLOCK: should a fifo have taken its place, do not wait for its writer.

@@ -29,7 +29,11 @@ class ConfinedRoot:
     directory or symbolic link was removed.
     """
 
-    def __init__(self, root: Path, *, by_kernel: bool = True) -> None:
+    def __init__(
+        self, root: Path, *, by_kernel: bool = True, owner: tuple[int, int] | None = None
+    ) -> None:
+        """*owner*: who gets the directories that are made; else they stay whose they are."""
+        self._owner = owner
         self.fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._cache: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._by_kernel = by_kernel and self._kernel_can()
@@ -85,6 +89,8 @@ class ConfinedRoot:
                     os.mkdir(name, 0o700, dir_fd=held.fd)
                     fd = os.open(name, _PLACE | os.O_NOFOLLOW, dir_fd=held.fd)
                     held.replace(fd)
+                    if self._owner is not None:
+                        os.chown(f"/proc/self/fd/{fd}", *self._owner)
                     os.chmod(f"/proc/self/fd/{fd}", 0o755)  # noqa: PTH101, S103 - whatever the umask
             return held.take()
 

@@ -14,6 +14,7 @@ from devmapper.layerdiff import tarformat
 from devmapper.layerdiff.attributes import AttributeWriter, describe
 from devmapper.layerdiff.confined import ConfinedRoot
 from devmapper.layerdiff.descent import Cursor, open_unseen
+from devmapper.layerdiff.ids import IDENTITY, Ids
 from devmapper.layerdiff.sparse import data_ranges, write_sparse
 from devmapper.layerdiff.tarformat import Entry
 
@@ -23,13 +24,19 @@ _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOE
 
 
 def copy_tree(
-    source_dir: Path, root: Path, *, progress: Callable[[int], None] | None = None
+    source_dir: Path,
+    root: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    ids: Ids = IDENTITY,
 ) -> int:
     """Copy what is in *source_dir*, and its own owner, mode and times, to the directory *root*.
 
     Directories merge; any other name that is there already is a `FileExistsError`.  Sockets are
     left out.  Returns the sum of the sizes of the files; *progress* gets the bytes just copied.
-    Owners are set and device nodes are made for root only.
+    Owners are set and device nodes are made for root only.  As if it were a tar of *source_dir*,
+    ids there are the container's and become the host's by *ids*; `ArchiveError` for one that no map
+    has.
     """
     with ExitStack() as stack:
         copier = _Copier(
@@ -37,6 +44,7 @@ def copy_tree(
             stack.enter_context(Cursor(root)),
             stack.enter_context(ConfinedRoot(root)),
             progress,
+            ids,
         )
         return copier.run()
 
@@ -48,7 +56,9 @@ class _Copier:
         target: Cursor,
         root: ConfinedRoot,
         progress: Callable[[int], None] | None,
+        ids: Ids,
     ) -> None:
+        self._ids = ids
         self._source = source
         self._target = target
         self._root = root
@@ -79,7 +89,7 @@ class _Copier:
             "/".join(self._source.parts), ".", os.fstat(self._source.fd), dir_fd=self._source.fd
         )
         if entry is not None:
-            self._attributes.set(entry, self._target.fd)
+            self._attributes.set(self._ids.on_host(entry), self._target.fd)
 
     def _copy_here(self) -> list[str]:
         """Copy all but the directories, which are made and returned."""
@@ -121,6 +131,7 @@ class _Copier:
         entry = describe(path, name, status, dir_fd=self._source.fd)
         if entry is None:
             return
+        entry = self._ids.on_host(entry)
         if entry.type == tarformat.REGULAR:
             self._copy_file(entry, name)
             return

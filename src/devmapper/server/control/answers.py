@@ -83,6 +83,7 @@ def answers() -> Mapping[str, Answer]:
             _answer(calls.INSPECT, lambda graph, asked: graph.inspect(asked.layer)),
             _answer(calls.INFO, lambda graph, _: graph.info()),
             _answer(calls.POOL, lambda graph, _: graph.pool()),
+            _answer(calls.ID_MAPS, lambda graph, _: graph.id_maps()),
             _answer(
                 calls.RESIZE,
                 lambda graph, asked: graph.resize(asked.size, metadata=asked.metadata),
