@@ -29,7 +29,13 @@ from devmapper.deviceset.session import Graph, Session
 from devmapper.deviceset.users import SOMEBODY, Users, take_back
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.engine.runtime import runtime_base
-from devmapper.errors import DevmapperError, LayerBusy, LayerNotMounted, ThinBusy
+from devmapper.errors import (
+    DevmapperError,
+    EngineGone,
+    LayerBusy,
+    LayerNotMounted,
+    ThinBusy,
+)
 from devmapper.linux import blockdev, mount
 from devmapper.linux.holders import stacked_devices
 from devmapper.units import SECTOR_SIZE, Bytes
@@ -161,8 +167,13 @@ class LayerMounts:
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
-        """The layer's device if it is active."""
-        return self._graph.pool.info(self._graph.names.device(layer))
+        """The layer's device if it is active; what most operations begin with."""
+        name = self._graph.names.device(layer)
+        try:
+            return self._graph.pool.info(name)
+        except EngineGone as err:
+            self._graph.revive(err)
+            return self._graph.pool.info(name)
 
     def flush(self, layer: LayerId) -> bool:
         """Let all that is dirty reach the device in its place: suspend it, and resume it at once.
