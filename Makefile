@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker bench-clients bench-diff clean-leftovers machines
+.PHONY: bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,7 @@ shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothin
 
 soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs, clients for ten minutes
 	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 $(PY) -m pytest -q --timeout 7200 tests/crash tests/unit/t4_metadata.py
+	$(PY) -m pytest -q --timeout 7200 -m soak tests/e2e
 
 demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes
 	@$(PY) tools/demo.py
@@ -71,6 +72,9 @@ ifeq ($(ENGINE),uml)
 else
 	$(PY) tools/bench_diff.py --engine $(or $(ENGINE),auto)
 endif
+
+bench-snapshots: $(STAMP) ## a daemon with ten thousand snapshots: list, memory, restart
+	$(PY) tools/bench_snapshots.py --engine $(or $(ENGINE),auto)
 
 clean-leftovers: $(STAMP) ## remove what killed tests left behind (loop devices, mounts, processes)
 	$(PY) -m tests.support.leftovers

@@ -114,13 +114,16 @@ def test_all_three_work_at_once(daemon, docker, containerd, tmp_path):
 
     snapshots = snapshot_layers(daemon)
     assert set(snapshots) == {"", *(f"containerd-{n}" for n in range(ROUNDS))}
-    listed = {row["id"] for row in daemon.command("--json", "ls").json}
-    names = {f"{who}-{n}" for who in ("docker", "command") for n in range(ROUNDS)}
-    assert listed - {"base"} == {*snapshots.values(), *names}
-    owners = {layer: record.get("owner") for layer, record in records(daemon.home).items()}
-    assert {owners[layer] for layer in snapshots.values()} == {"containerd"}
-    assert {owners[f"docker-{n}"] for n in range(ROUNDS)} == {"docker"}
-    assert {owners[f"command-{n}"] for n in range(ROUNDS)} == {None}
+    listed = {row["id"]: row for row in daemon.command("--json", "ls").json}
+    owners = {layer: row["owner"] for layer, row in listed.items()}
+    assert owners == {
+        "base": None,
+        **dict.fromkeys(snapshots.values(), "containerd"),
+        **{f"docker-{n}": "docker" for n in range(ROUNDS)},
+        **{f"command-{n}": None for n in range(ROUNDS)},
+    }
+    for name, layer in snapshots.items():
+        assert listed[layer]["snapshot"]["key"] == name
     assert containerd.names() == [f"containerd-{n}" for n in range(ROUNDS)]
     for n in range(ROUNDS):
         assert docker.exists(f"docker-{n}")
