@@ -239,6 +239,15 @@ class LayerMounts:
         except OSError as err:  # mounted after all, or it holds what somebody put there
             log.debug("mount point of layer %r stays: %s", file_name(layer), err.strerror)
 
+    def forget_layer(self, layer: LayerId) -> None:
+        """The layer does not exist any more: nothing of its mount stays.  Call while holding it."""
+        self._users.drop(layer)
+        self.remove_mount_point(layer)
+
+    def tidy_users(self) -> None:
+        """Nobody uses layers that are not mounted, whatever a killed process has left."""
+        self._users.tidy(lambda layer: bool(self.users(layer)))
+
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""
         self._users.forget()
