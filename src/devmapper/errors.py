@@ -32,6 +32,7 @@
     │   └── RecordCorrupt                  30
     ├── ToolError                          40   a program that we ran failed
     └── EngineError                        41   the engine's process is gone or does not answer
+        └── EngineGone                     41   gone: whoever opens the graph next starts another
 
 Classes carry data as attributes and word it in `__str__`; what to do about it is `hint`.
 Below the engines everything is a plain `OSError`.
@@ -352,3 +353,7 @@ class EngineError(DevmapperError):
     """The embedded engine's process is gone, does not answer or broke its protocol."""
 
     exit_code = 41
+
+
+class EngineGone(EngineError):
+    """The embedded engine's process has ended: its pool is at its last commit."""

@@ -8,21 +8,34 @@ import random
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+import devmapper
 from devmapper.engine.embedded import leftovers as engine_leftovers
 from devmapper.engine.embedded import runtime
-from devmapper.engine.embedded.client import EmbeddedPoolClient
+from devmapper.engine.embedded.client import EmbeddedEngine, EmbeddedPoolClient
 from devmapper.engine.port import Activation, Outcome
-from devmapper.errors import DevmapperError, EngineError, IntegrityError, PoolBusy, ThinIdMissing
+from devmapper.errors import (
+    DevmapperError,
+    EngineError,
+    IntegrityError,
+    LayerNotMounted,
+    PoolBusy,
+    ThinIdMissing,
+)
 from devmapper.linux import loop, mount, process
 from devmapper.units import MIB, Bytes, ThinId, TransactionId
-from tests.support import programs
+from tests.conformance.graphdriver_base import GRAPH
+from tests.support import programs, thin_tools
 from tests.support.engine_rig import POOL, Rig
 from tests.support.leftovers import remaining
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -442,3 +455,30 @@ def test_a_command_that_died_between_export_and_loop_device(rig, monkeypatch):
     with pytest.raises(ThinIdMissing):
         pool.thin_status(ThinId(7))
     assert runtime.read_pid(rig.paths) == rig.server()
+
+
+def test_an_open_graph_survives_its_engine(tmp_path):
+    """What a daemon sees: the next call of any kind finds an engine, and layers as they were."""
+    home = tmp_path / "graph"
+    with devmapper.init(home, GRAPH, engine=EmbeddedEngine()) as driver:
+        driver.create("a")
+        root = Path(driver.get("a", user="docker"))
+        (root / "file").write_text("durable")
+        os.sync()
+        calls: list[Callable[[], object]] = [
+            lambda: driver.create("b", "a"),
+            lambda: driver.get("a", user="docker"),
+            lambda: driver.remove("b"),
+            lambda: driver.put("a", user="docker"),
+        ]
+        for call in calls:
+            identity = runtime.read_pid(runtime.paths_of(driver.devices.pool.name))
+            assert identity is not None
+            os.kill(identity.pid, signal.SIGKILL)
+            assert identity.wait(10)
+            with suppress(LayerNotMounted):  # mounts went with the engine
+                call()
+        assert driver.layers() == ["a"]
+        assert (Path(driver.get("a")) / "file").read_text() == "durable"
+        driver.cleanup()
+    assert thin_tools.thin_check(home / "devicemapper" / "metadata")

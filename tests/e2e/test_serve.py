@@ -374,3 +374,21 @@ def test_the_idle_daemon_is_small(tmp_path):
 def test_the_default_control_socket_is_beside_the_pool(tmp_path):
     with served(tmp_path) as daemon:
         assert control_socket(daemon.home).parent == runtime_base()
+
+
+def test_an_engine_that_is_killed_is_started_again(tmp_path):
+    """By whoever asks next; the last time by the watch, without a request."""
+    again = "it is started again"
+    options: dict[str, Any] = {"docker": True, "watch_interval": "100ms", "check_log": False}
+    with served(tmp_path, engine="embedded", **options) as daemon:
+        docker(daemon, "Create", ID="a")
+        for number in range(2):
+            os.kill(engine_process(daemon), signal.SIGKILL)
+            docker(daemon, "Create", ID=f"b{number}", Parent="a")
+        os.kill(engine_process(daemon), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while daemon.log.read_text().count(again) < 3:
+            assert time.monotonic() < deadline, daemon.log.read_text()
+            time.sleep(0.05)
+        listed = {each["id"] for each in daemon.command("--json", "ls").json}
+        assert listed == {"base", "a", "b0", "b1"}

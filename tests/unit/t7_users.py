@@ -1,5 +1,6 @@
 """Who uses a mount, counted by more than one process."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -47,3 +48,14 @@ def test_nothing_stays_of_a_layer_that_is_not_mounted(places, tmp_path):
     other.set(ONE, Counter({"docker": 1}))
     one.drop(ONE)
     assert list((tmp_path / "users").iterdir()) == []
+
+
+def test_what_killed_processes_have_left_goes(places, tmp_path):
+    users, _ = places
+    for layer in (ONE, LayerId("two")):
+        users.set(layer, Counter({"docker": 1}))
+    for name in (f".tmp-{os.getpid()}-one", ".tmp-99999999-one"):
+        (tmp_path / "users" / name).touch()
+    users.tidy(lambda layer: layer == ONE)
+    left = {path.name for path in (tmp_path / "users").iterdir()}
+    assert left == {"one", f".tmp-{os.getpid()}-one"}

@@ -29,7 +29,13 @@ from devmapper.deviceset.session import Graph, Session
 from devmapper.deviceset.users import SOMEBODY, Users, take_back
 from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.engine.runtime import runtime_base
-from devmapper.errors import DevmapperError, LayerBusy, LayerNotMounted, ThinBusy
+from devmapper.errors import (
+    DevmapperError,
+    EngineGone,
+    LayerBusy,
+    LayerNotMounted,
+    ThinBusy,
+)
 from devmapper.linux import blockdev, mount
 from devmapper.linux.holders import stacked_devices
 from devmapper.units import SECTOR_SIZE, Bytes
@@ -161,8 +167,13 @@ class LayerMounts:
         return places[0].mount_point if places else None
 
     def info(self, layer: LayerId) -> DeviceInfo | None:
-        """The layer's device if it is active."""
-        return self._graph.pool.info(self._graph.names.device(layer))
+        """The layer's device if it is active; what most operations begin with."""
+        name = self._graph.names.device(layer)
+        try:
+            return self._graph.pool.info(name)
+        except EngineGone as err:
+            self._graph.revive(err)
+            return self._graph.pool.info(name)
 
     def flush(self, layer: LayerId) -> bool:
         """Let all that is dirty reach the device in its place: suspend it, and resume it at once.
@@ -227,6 +238,15 @@ class LayerMounts:
             pass
         except OSError as err:  # mounted after all, or it holds what somebody put there
             log.debug("mount point of layer %r stays: %s", file_name(layer), err.strerror)
+
+    def forget_layer(self, layer: LayerId) -> None:
+        """The layer does not exist any more: nothing of its mount stays.  Call while holding it."""
+        self._users.drop(layer)
+        self.remove_mount_point(layer)
+
+    def tidy_users(self) -> None:
+        """Nobody uses layers that are not mounted, whatever a killed process has left."""
+        self._users.tidy(lambda layer: bool(self.users(layer)))
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""

@@ -77,6 +77,7 @@ class Deletions:
                     idle = False
                 if idle and not self._graph.options.discard_on_delete:
                     session.delete(layer, record)
+                    self._mounts.forget_layer(layer)
                     log.info("deleted layer %r", file_name(layer))
                     return Deletion.DONE
                 session.doom(layer, record)
@@ -184,7 +185,7 @@ class Deletions:
                 with suppress(DevmapperError, OSError):  # tried again the next time
                     self._mounts.defer(layer)
             return Deletion.PUT_OFF
-        self._mounts.remove_mount_point(layer)
+        self._mounts.forget_layer(layer)
         log.info("deleted layer %r", file_name(layer))
         return Deletion.DONE
 

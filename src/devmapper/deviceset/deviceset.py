@@ -47,6 +47,7 @@ from devmapper.deviceset.worker import Worker
 from devmapper.engine.port import Engine, NbdExport, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
+    EngineGone,
     LayerNotFound,
     PoolNotFound,
 )
@@ -116,6 +117,7 @@ class DeviceSet:
         weakref.finalize(self, self._worker.abandon)  # who forgets `close` leaves no thread behind
         with self._graph.lock.hold():
             doomed = self._open(do_init=do_init)
+        self._graph.reopen = self._reopen
         if self._deletions.complete(doomed) or chosen.use_deferred_deletion:
             self._worker.start()
 
@@ -378,6 +380,10 @@ class DeviceSet:
             min_free_percent=options.min_free_space,
         )
 
+    def revive(self, cause: EngineGone) -> None:
+        """Start the engine anew whose process was killed, as every change of a layer does."""
+        self._graph.revive(cause)
+
     def data_device_path(self) -> str:
         """Where data are stored, be it a device or a loop file; moby DataDevicePath."""
         return self._paths().data
@@ -477,6 +483,12 @@ class DeviceSet:
                 self._let_go_again()
             raise
         return session.doomed
+
+    def _reopen(self) -> ThinPool:
+        """The pool, from an engine that is started for it; call under the graph's lock."""
+        pool = self._activate(create=False).pool
+        self._worker.start()  # it completes what the engine's end has interrupted
+        return pool
 
     def _activate(self, *, create: bool) -> ActivePool:
         if self._graph.options.use_deferred_removal:

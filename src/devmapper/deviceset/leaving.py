@@ -69,6 +69,7 @@ def let_go_of_abandoned(devices: DeviceSet, owner: str) -> None:
     request.  Call it before there are any.
     """
     graph, mounts, _ = devices.parts
+    mounts.tidy_users()
     active = {device.name for device in graph.pool.devices()}
     if not active:
         return

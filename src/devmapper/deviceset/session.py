@@ -1,7 +1,8 @@
 """The graph under its lock: what every operation that changes something works on."""
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from devmapper.deviceset.space import check_free_space
 from devmapper.deviceset.steps import Checkpoint, Step
 from devmapper.deviceset.transaction import Journal
 from devmapper.engine.port import ThinPool
-from devmapper.errors import LayerNotFound, ThinIdExists, ThinIdsExhausted
+from devmapper.errors import EngineGone, LayerNotFound, ThinIdExists, ThinIdsExhausted
 from devmapper.units import Bytes, ThinId
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ class Graph:
         self.store = RecordStore(home / "metadata")
         self.lock = GraphLock(home)
         self.checkpoint = checkpoint
+        self.reopen: Callable[[], ThinPool] | None = None  # how to get the pool of an engine again
         self._session: Session | None = None
+        self._holding = threading.local()
 
     def adopt(self, pool: ThinPool) -> "Session":
         """Work on *pool* from now on: bring records and pool together, learn the ids in use.
@@ -47,13 +50,37 @@ class Graph:
 
     @contextmanager
     def session(self) -> Iterator["Session"]:
-        """Hold the graph; what other processes did since the last time has been taken in."""
+        """Hold the graph; what other processes did since the last time has been taken in.
+
+        An engine whose process was killed is started anew: here nothing is half done that its
+        pool, which is at its last commit, has forgotten.
+        """
         with self.lock.hold():
             if self._session is None:
                 message = "the graph is closed"
                 raise RuntimeError(message)
-            self._session.refresh()
-            yield self._session
+            try:
+                self._session.refresh()
+            except EngineGone as err:
+                if self.reopen is None:
+                    raise
+                log.warning("%s: it is started again", err)
+                self.adopt(self.reopen())
+            self._holding.graph = True
+            try:
+                yield self._session
+            finally:
+                self._holding.graph = False
+
+    def revive(self, cause: EngineGone) -> None:
+        """After *cause*, have a living engine again; within a session the cause is raised.
+
+        What the session has done may be forgotten.
+        """
+        if getattr(self._holding, "graph", False):
+            raise cause
+        with self.session():
+            pass
 
     @property
     def is_open(self) -> bool:

@@ -8,6 +8,7 @@ process's alone.  The numbers count only while the layer is mounted: that is ask
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from devmapper.deviceset.names import LayerId, file_name, layer_of_file
 
 SOMEBODY: Final = ""  # who has no name: a user in this process, or whoever mounted it before
 _MODE: Final = 0o600
+_TEMPORARY: Final = ".tmp-"
 
 
 class Users:
@@ -52,14 +54,29 @@ class Users:
         """Nobody in this process uses a mount any more."""
         self._nameless.clear()
 
+    def tidy(self, is_mounted: Callable[[LayerId], bool]) -> None:
+        """Remove what processes that were killed have left of layers that are not mounted."""
+        for name in self._names():
+            if not name.startswith(_TEMPORARY):
+                layer = layer_of_file(name)
+                if not is_mounted(layer):
+                    self.drop(layer)
+                continue
+            pid = name.removeprefix(_TEMPORARY).partition("-")[0]
+            if not Path("/proc", pid).exists():
+                with suppress(FileNotFoundError):
+                    (self._directory / name).unlink()
+
     def layers_of(self, user: str) -> list[LayerId]:
         """The layers that *user*, who has a name, is remembered for; not all may be mounted."""
+        names = [name for name in self._names() if not name.startswith(_TEMPORARY)]
+        return [layer for layer in map(layer_of_file, names) if self._read(layer).get(user)]
+
+    def _names(self) -> list[str]:
         try:
-            names = sorted(os.listdir(self._directory))
+            return sorted(os.listdir(self._directory))
         except FileNotFoundError:
             return []
-        layers = [layer_of_file(name) for name in names if not name.startswith(".")]
-        return [layer for layer in layers if self._read(layer).get(user)]
 
     def _file(self, layer: LayerId) -> Path:
         return self._directory / file_name(layer)
@@ -82,7 +99,7 @@ class Users:
                 file.unlink()
             return
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = file.parent / f".tmp-{os.getpid()}-{layer}"[:255]
+        temporary = file.parent / f"{_TEMPORARY}{os.getpid()}-{layer}"[:255]
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(temporary, flags, _MODE), "wb") as out:
             out.write(json.dumps(users).encode())

@@ -13,6 +13,7 @@ from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.status import Status
 from devmapper.driver import Driver
 from devmapper.engine.port import DeviceInfo
+from devmapper.errors import EngineGone
 from devmapper.linux import blockdev, mount
 from devmapper.server.sampling import Sample, Sampler
 from devmapper.snapshots.model import Info
@@ -86,8 +87,12 @@ class Observer:
 
     def _read_pool(self) -> PoolReading:
         devices = self._driver.devices
+        try:
+            found = devices.pool.status()  # `status_of` has a value for a pool that is silent, too
+        except EngineGone as err:
+            devices.revive(err)
+            found = devices.pool.status()
         pool = devices.pool
-        found = pool.status()  # before `status_of`, which has a value for a pool that is silent
         mark = pool.table().low_water_mark
         # Docker's mark is 2 GiB whatever the pool's size: a small pool is always below it
         useful = mark < found.total_data_blocks

@@ -23,7 +23,7 @@ from struct import Struct
 from typing import Any, Final, NewType, TypeVar
 
 from devmapper import errors
-from devmapper.errors import DevmapperError, EngineError
+from devmapper.errors import DevmapperError, EngineError, EngineGone
 
 VERSION: Final = 1
 MESSAGE_LIMIT: Final = 64 * 1024 * 1024
@@ -35,7 +35,7 @@ _ENDED: Final = "the connection to the engine process has ended"
 T = TypeVar("T")
 
 
-class Disconnected(EngineError):
+class Disconnected(EngineGone):
     """The other side closed the connection where a message was expected."""
 
 
