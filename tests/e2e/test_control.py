@@ -68,6 +68,31 @@ def test_layers_of_all_front_ends_in_one_list(tmp_path):
         daemon.start()
 
 
+def test_a_directory_is_imported_for_the_daemons_containers(tmp_path):
+    """The command copies by itself and is not told the maps; without a daemon it has its own."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").touch()
+    os.chown(tree / "file", 7, 8)
+    maps = "0:100000:65536"
+    with served(tmp_path, id_map=maps) as daemon:
+        dm = daemon.command
+        dm("import", "a", tree)
+        daemon.stop()
+        dm("--id-map", maps, "import", "b", tree)
+        for layer, words in (("a", []), ("b", ["--id-map", maps])):
+            file = Path(dm(*words, "get", layer).text.strip()) / "file"
+            assert (file.stat().st_uid, file.stat().st_gid) == (100007, 100008)
+            dm("put", layer)
+            with tarfile.open(fileobj=io.BytesIO(dm("--id-map", maps, "diff", layer).out)) as tar:
+                assert [(each.name, each.uid, each.gid) for each in tar] == [("file", 7, 8)]
+        os.chown(tree / "file", 100007, 8)
+        daemon.start()
+        message = dm.fails(13, "import", "c", tree)
+        assert "tar entry 'file': user id 100007 is in none of the maps" in message
+        assert not [each for each in dm("--json", "ls").json if each["id"] == "c"]
+
+
 def test_what_nobody_does_behind_the_daemons_back(tmp_path):
     with served(tmp_path) as daemon:
         for words in (
