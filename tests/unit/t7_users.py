@@ -21,9 +21,9 @@ def test_who_is_counted_by_another_process_is_counted(places):
     daemon, command = places
     daemon.set(ONE, Counter({"docker": 1}))
     command.set(ONE, command.of(ONE) + Counter({"cli": 1}))
-    assert +daemon.of(ONE) == {"docker": 1, "cli": 1}
+    assert daemon.of(ONE) == {"docker": 1, "cli": 1}
     daemon.set(ONE, Counter({"cli": 1}))
-    assert +command.of(ONE) == {"cli": 1}
+    assert command.of(ONE) == {"cli": 1}
     assert command.layers_of("docker") == []
 
 
@@ -31,7 +31,7 @@ def test_who_has_no_name_counts_in_his_own_process_alone(places):
     one, other = places
     one.set(ONE, Counter({SOMEBODY: 2, "docker": 1}))
     assert one.of(ONE) == {SOMEBODY: 2, "docker": 1}
-    assert +other.of(ONE) == {"docker": 1}
+    assert other.of(ONE) == {"docker": 1}
 
 
 def test_a_mount_that_nobody_is_known_for_has_somebody(places):

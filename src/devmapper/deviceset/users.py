@@ -34,8 +34,8 @@ class Users:
         Those with a name are read anew: another process on the graph may have counted.
         """
         found = self._read(layer)
-        found[SOMEBODY] = self._nameless.get(layer, 0)
-        return found if found.total() else Counter({SOMEBODY: 1})
+        found.update({SOMEBODY: self._nameless.get(layer, 0)})
+        return +found if found.total() else Counter({SOMEBODY: 1})
 
     def set(self, layer: LayerId, users: Counter[str]) -> None:
         """Remember them; `OSError` where that fails for those with a name."""
