@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.daemon import Daemon, served
 from tests.support.docker_plugin import mounted_layers
-from tests.support.plugin_requests import PluginClient
+from tests.support.plugin_client import PluginClient
 from tests.support.unix_http import UnixConnection
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.tools, pytest.mark.e2e]

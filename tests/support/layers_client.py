@@ -2,11 +2,12 @@
 
 import http.client
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support.unix_http import UnixConnection
 
 SECONDS = 150.0  # a write to a full pool waits for a minute
 _ACCEPT = {"Accept": "application/vnd.docker.plugins.v1.2+json"}
@@ -20,23 +21,12 @@ class PluginError(Exception):
         self.status = status
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("plugin", timeout=SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 class PluginClient:
     """For one thread.  Methods raise `PluginError`; `OSError` and `HTTPException` where the
     connection is lost, which is made anew by the next call."""
 
     def __init__(self, path: Path) -> None:
-        self._connection = _UnixConnection(path)
+        self._connection = UnixConnection(path, SECONDS)
 
     def call(self, name: str, **members: Any) -> dict[str, Any]:
         """A request in JSON; `None` as a member is left out."""

@@ -23,7 +23,7 @@ from devmapper.server.docker.wording import sentence
 from devmapper.server.operations import Operations
 from tests.support.graphs import BASE_SIZE, SMALL, open_small
 from tests.support.local_engine import LocalEngine
-from tests.support.plugin_requests import ACCEPT, PluginClient
+from tests.support.plugin_client import ACCEPT, PluginClient
 
 
 @pytest.fixture
