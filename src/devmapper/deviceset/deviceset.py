@@ -117,7 +117,7 @@ class DeviceSet:
         weakref.finalize(self, self._worker.abandon)  # who forgets `close` leaves no thread behind
         with self._graph.lock.hold():
             doomed = self._open(do_init=do_init)
-        self._graph.reopen = self._reopen
+        self._graph.reopen = _not_keeping(self._reopen)
         if self._deletions.complete(doomed) or chosen.use_deferred_deletion:
             self._worker.start()
 
@@ -560,3 +560,17 @@ class DeviceSet:
             str(table.metadata_device),
             self._files.metadata.loop_file_of(table.metadata_device),
         )
+
+
+def _not_keeping(reopen: Callable[[], ThinPool]) -> Callable[[], ThinPool]:
+    """The same method without a hold on its device set: the worker's thread has the graph."""
+    method = weakref.WeakMethod(reopen)
+
+    def call() -> ThinPool:
+        found = method()
+        if found is None:
+            message = "the graph is closed"
+            raise RuntimeError(message)
+        return found()
+
+    return call
