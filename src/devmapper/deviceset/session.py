@@ -189,14 +189,13 @@ class Session:
         self.checkpoint(Step.LAYER_COMPLETED)
         return completed
 
-    def rewrite(self, layer: LayerId, record: LayerRecord, extra: Extra) -> LayerRecord:
+    def rewrite(self, layer: LayerId, change: Callable[[LayerRecord], Extra]) -> LayerRecord:
         """Replace what a record holds beyond Docker's members, in one step and durably.
 
-        `LayerNotFound` if the record is not *record* any more.
+        *change* is given the record as it is.  `LayerNotFound` if there is none.
         """
-        if self.store.load(layer) != record:
-            raise LayerNotFound(file_name(layer))
-        changed = record._replace(extra=extra)
+        record = self.get(layer)
+        changed = record._replace(extra=change(record))
         self.store.save(layer, changed)
         self.checkpoint(Step.RECORD_REWRITTEN)
         return changed

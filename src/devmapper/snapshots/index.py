@@ -5,11 +5,13 @@ before work on it begins, so that two requests never work on the same one.
 """
 
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple, Self
 
 from devmapper.deviceset.names import LayerId
 from devmapper.deviceset.records import LayerRecord
@@ -19,15 +21,23 @@ from devmapper.snapshots.record import NotASnapshot, SnapshotRecord, decode
 
 log = logging.getLogger(__name__)
 
-ROOT_KEY = ""
+ROOT_KEY: Final = ""
+_NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Entry(NamedTuple):
     """One snapshot and the layer that it is."""
 
     layer: LayerId
-    record: LayerRecord
+    record: LayerRecord  # without what is in *snapshot*: there may be tens of thousands
     snapshot: SnapshotRecord
+
+    @classmethod
+    def of(cls, layer: LayerId, record: LayerRecord, snapshot: SnapshotRecord) -> Self:
+        lean = snapshot._replace(
+            parent=LayerId(sys.intern(snapshot.parent)), labels=snapshot.labels or _NO_LABELS
+        )
+        return cls(layer, record._replace(extra=()), lean)
 
 
 class Index:
@@ -56,7 +66,7 @@ class Index:
         if snapshot.key in self._entries:
             log.warning("layer %r is left out: there is a snapshot %r", layer, snapshot.key)
             return
-        self._put(Entry(layer, record, snapshot))
+        self._put(Entry.of(layer, record, snapshot))
 
     def get(self, key: str) -> Entry:
         """`SnapshotNotFound`, as for one that is leaving."""

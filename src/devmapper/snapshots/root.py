@@ -45,7 +45,7 @@ def make_root(parts: Parts) -> Entry:
             finish=_empty,
         )
     log.info("made the root of snapshots")
-    return Entry(ROOT_LAYER, record, snapshot)
+    return Entry.of(ROOT_LAYER, record, snapshot)
 
 
 def find_root(parts: Parts) -> Entry | None:
@@ -59,7 +59,7 @@ def find_root(parts: Parts) -> Entry | None:
             f"layer {ROOT_LAYER!r} is not the root of snapshots",
             hint="it has been made by somebody else: devmapper rm removes it",
         )
-    return Entry(ROOT_LAYER, record, snapshot)
+    return Entry.of(ROOT_LAYER, record, snapshot)
 
 
 def ensure_root(parts: Parts) -> Entry:

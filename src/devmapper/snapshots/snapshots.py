@@ -18,6 +18,7 @@ from typing import Final
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.keyed_lock import KeyedLock
 from devmapper.deviceset.names import LayerId
+from devmapper.deviceset.records import Extra, LayerRecord
 from devmapper.deviceset.session import Session
 from devmapper.deviceset.sizing import create_layer
 from devmapper.engine.port import DeviceInfo
@@ -32,7 +33,7 @@ from devmapper.errors import (
 from devmapper.linux import blockdev
 from devmapper.snapshots.index import ROOT_KEY, Entry, Index
 from devmapper.snapshots.model import Info, Kind, Mount, Usage
-from devmapper.snapshots.record import SnapshotRecord, encode
+from devmapper.snapshots.record import NotASnapshot, SnapshotRecord, decode, encode
 from devmapper.snapshots.root import ensure_root
 from devmapper.snapshots.usage import inodes_of, own_bytes
 from devmapper.units import Bytes, parse_size
@@ -211,25 +212,23 @@ class Snapshots:
             now = time.time_ns()
             snapshot = SnapshotRecord(key, kind, origin.layer, labels, now, now)
             with self._named(origin), self._mounts.hold(layer):
-                made, mounts = self._create(Entry(layer, origin.record, snapshot), origin, size)
+                made, mounts = self._create(layer, snapshot, origin, size)
             self._index.add(made)
         log.info("made snapshot %r of %r", key, parent)
         return mounts
 
     def _create(
-        self, wanted: Entry, origin: Entry, size: Bytes | None
+        self, layer: LayerId, snapshot: SnapshotRecord, origin: Entry, size: Bytes | None
     ) -> tuple[Entry, tuple[Mount, ...]]:
-        extra = encode(wanted.snapshot)
+        extra = encode(snapshot)
         if size is not None and size != origin.record.size:
-            record = create_layer(
-                self._graph, self._mounts, wanted.layer, origin.layer, size, extra=extra
-            )
+            record = create_layer(self._graph, self._mounts, layer, origin.layer, size, extra=extra)
             with self._graph.session() as session:
-                return self._activated(session, wanted._replace(record=record))
+                return self._activated(session, Entry.of(layer, record, snapshot))
         with self._graph.session() as session:
             parent = session.get(origin.layer)
-            record = session.create_snap(wanted.layer, origin.layer, parent, extra=extra)
-            return self._activated(session, wanted._replace(record=record))
+            record = session.create_snap(layer, origin.layer, parent, extra=extra)
+            return self._activated(session, Entry.of(layer, record, snapshot))
 
     def _activated(self, session: Session, entry: Entry) -> tuple[Entry, tuple[Mount, ...]]:
         """Activate a snapshot that has just been made; where that fails there is none."""
@@ -318,11 +317,14 @@ class Snapshots:
             self._rewrite(entry, merged)
 
     def _rewrite(self, entry: Entry, snapshot: SnapshotRecord) -> None:
+        def change(record: LayerRecord) -> Extra:
+            if not _is_as_known(entry, record):
+                raise LayerNotFound(entry.layer)  # another process has put something in its place
+            return encode(snapshot, record.extra)
+
         with self._graph.session() as session:
-            record = session.rewrite(
-                entry.layer, entry.record, encode(snapshot, entry.record.extra)
-            )
-        self._index.replace(entry, Entry(entry.layer, record, snapshot))
+            record = session.rewrite(entry.layer, change)
+        self._index.replace(entry, Entry.of(entry.layer, record, snapshot))
 
     def _let_go(self, layer: LayerId) -> None:
         """Deactivate a device that is not needed any more; what goes wrong can wait."""
@@ -364,6 +366,14 @@ class Snapshots:
             if not self._has_root:
                 self._index.add(ensure_root(self._parts))
                 self._has_root = True
+
+
+def _is_as_known(entry: Entry, record: LayerRecord) -> bool:
+    try:
+        found = decode(record)
+    except NotASnapshot:
+        return False
+    return found is not None and Entry.of(entry.layer, record, found) == entry
 
 
 def _check_key(key: str) -> None:
