@@ -313,7 +313,7 @@ class Driver:
         layers = self.devices.meta_data().devices
         with tempfile.TemporaryDirectory(prefix="devmapper-") as directory:
             copy = Path(directory) / "metadata"
-            pool.export_metadata(copy)
+            self.devices.ask(lambda pool: pool.export_metadata(copy))
             with FileDevice.open(copy, read_only=True) as reader:
                 listed = {device.thin_id: device for device in ls(reader)}
         block_size = pool.status().block_size

@@ -128,7 +128,10 @@ def udevd() -> Iterator[int | None]:
         yield None
         return
     daemon = subprocess.Popen(
-        ["/lib/systemd/systemd-udevd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["/lib/systemd/systemd-udevd"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_for(Path("/run/udev/control").exists)
@@ -139,7 +142,12 @@ def udevd() -> Iterator[int | None]:
     finally:
         daemon.send_signal(signal.SIGCONT)  # a test may have stopped it
         udevadm("control", "--exit")
-        daemon.wait(30)
+        try:
+            daemon.wait(30)
+        except subprocess.TimeoutExpired:
+            # It waits for an event that does not end; the tests that follow shall not meet it
+            os.killpg(daemon.pid, signal.SIGKILL)
+            daemon.wait()
         with suppress(FileNotFoundError):
             os.unlink("/run/udev/control")
 

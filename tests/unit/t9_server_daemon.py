@@ -214,3 +214,16 @@ def test_requests_under_way_are_counted():
     with pytest.raises(KeyError), operations.measure("docker", "Get"):
         raise KeyError
     assert operations.under_way == 0
+
+
+def test_to_wake_after_the_end_touches_nothing(tmp_path):
+    """The pipe's number may be another file's then; a record of the graph once got the byte."""
+    requests = EndRequests()
+    with requests:
+        requests.wake()
+        assert requests.wait(5) is None
+    files = [open(tmp_path / str(number), "wb") for number in range(4)]  # noqa: SIM115
+    requests.wake()
+    for file in files:
+        file.close()
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0, 0, 0, 0]

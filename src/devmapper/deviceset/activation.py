@@ -31,7 +31,6 @@ from devmapper.engine.port import Activation, DeviceInfo
 from devmapper.engine.runtime import runtime_base
 from devmapper.errors import (
     DevmapperError,
-    EngineGone,
     LayerBusy,
     LayerNotMounted,
     ThinBusy,
@@ -169,11 +168,7 @@ class LayerMounts:
     def info(self, layer: LayerId) -> DeviceInfo | None:
         """The layer's device if it is active; what most operations begin with."""
         name = self._graph.names.device(layer)
-        try:
-            return self._graph.pool.info(name)
-        except EngineGone as err:
-            self._graph.revive(err)
-            return self._graph.pool.info(name)
+        return self._graph.ask(lambda pool: pool.info(name))
 
     def flush(self, layer: LayerId) -> bool:
         """Let all that is dirty reach the device in its place: suspend it, and resume it at once.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TypeVar
 
 from devmapper.deviceset.activation import LayerMounts
 from devmapper.deviceset.base import ensure_base
@@ -47,13 +47,14 @@ from devmapper.deviceset.worker import Worker
 from devmapper.engine.port import Engine, NbdExport, PoolStatus, ThinPool
 from devmapper.errors import (
     DevmapperError,
-    EngineGone,
     LayerNotFound,
     PoolNotFound,
 )
 from devmapper.units import Bytes
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DM_LOG_LEVEL: Final = 2  # LogLevelFatal: what libdevmapper says beyond that is not shown
 _DM_LOG_DEBUG: Final = 7
@@ -352,10 +353,10 @@ class DeviceSet:
         """
         layer = internal_layer_id(hash)
         record = self._known(layer)
-        pool = self._graph.pool
         with present_in_pool(layer, record.thin_id):
-            thin = pool.thin_status(record.thin_id)
-        return dev_status(record.size, thin, record.transaction_id, pool.status().block_size)
+            thin = self._graph.ask(lambda pool: pool.thin_status(record.thin_id))
+        block_size = self._graph.pool.status().block_size
+        return dev_status(record.size, thin, record.transaction_id, block_size)
 
     def status(self) -> Status:
         """The graph and its pool at this moment; all numbers are 0 if the pool does not answer.
@@ -380,9 +381,9 @@ class DeviceSet:
             min_free_percent=options.min_free_space,
         )
 
-    def revive(self, cause: EngineGone) -> None:
-        """Start the engine anew whose process was killed, as every change of a layer does."""
-        self._graph.revive(cause)
+    def ask(self, question: Callable[[ThinPool], T]) -> T:
+        """What *question* finds out about the pool; an engine that was killed is started for it."""
+        return self._graph.ask(question)
 
     def data_device_path(self) -> str:
         """Where data are stored, be it a device or a loop file; moby DataDevicePath."""
@@ -537,7 +538,7 @@ class DeviceSet:
 
     def _pool_status(self) -> PoolStatus | None:
         try:
-            return self._graph.pool.status()
+            return self._graph.ask(lambda pool: pool.status())
         except (DevmapperError, OSError) as err:
             log.warning("status of pool %s: %s", self._graph.names.pool, err)
             return None

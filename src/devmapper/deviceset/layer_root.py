@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -69,7 +70,8 @@ def _make_rootfs(layer: str, path: Path, top: int) -> os.stat_result:
             f"it has no {ROOTFS!r} yet and is mounted read-only",
             hint="mount it once without ro in dm.mountopt",
         )
-    os.mkdir(ROOTFS, 0o755, dir_fd=top)
+    with suppress(FileExistsError):  # who else got the layer just now
+        os.mkdir(ROOTFS, 0o755, dir_fd=top)
     os.chmod(ROOTFS, 0o755, dir_fd=top)  # noqa: S103 - a layer's root is for everybody
     return os.stat(ROOTFS, dir_fd=top, follow_symlinks=False)
 

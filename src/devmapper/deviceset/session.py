@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from devmapper.deviceset.consistency import Consistency, present_in_pool
 from devmapper.deviceset.ids import ThinIds
@@ -21,6 +22,8 @@ from devmapper.errors import EngineGone, LayerNotFound, ThinIdExists, ThinIdsExh
 from devmapper.units import Bytes, ThinId
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ID_COLLISIONS = 3  # the pool is asked again after each, so a second one means a foreign writer
 
@@ -72,15 +75,19 @@ class Graph:
             finally:
                 self._holding.graph = False
 
-    def revive(self, cause: EngineGone) -> None:
-        """After *cause*, have a living engine again; within a session the cause is raised.
+    def ask(self, question: Callable[[ThinPool], T]) -> T:
+        """What *question* finds out about the pool, for what needs no lock.
 
-        What the session has done may be forgotten.
+        An engine that was killed is started anew for it, except within a session: what that has
+        done may be forgotten, so there the error is raised.
         """
-        if getattr(self._holding, "graph", False):
-            raise cause
-        with self.session():
-            pass
+        try:
+            return question(self.pool)
+        except EngineGone:
+            if getattr(self._holding, "graph", False):
+                raise
+            with self.session() as session:
+                return question(session.pool)
 
     @property
     def is_open(self) -> bool:

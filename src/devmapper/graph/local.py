@@ -78,7 +78,7 @@ class LocalGraph:
     def layers(self) -> tuple[LayerRow, ...]:
         usage = self.driver.usage()
         records = self._store.load_all()
-        active = {device.thin_id for device in self._devices.pool.devices()}
+        active = {device.thin_id for device in self._devices.ask(lambda pool: pool.devices())}
         found = []
         for each in usage:
             layer = layer_of_file(each.id)

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Final, Self
 
@@ -20,6 +21,7 @@ class EndRequests:
 
     def __init__(self) -> None:
         self._reader = self._writer = -1
+        self._guard = threading.Lock()  # between `wake` and the end of the pipe
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._wakeup_before = -1
 
@@ -39,8 +41,10 @@ class EndRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._reader)
-        os.close(self._writer)
+        with self._guard:
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
 
     def wait(self, seconds: float | None) -> signal.Signals | None:
         """The signal that asked for the end; None after *seconds*, or when `wake` was called."""
@@ -52,8 +56,14 @@ class EndRequests:
         return found[0] if found else None
 
     def wake(self) -> None:
-        """End a `wait`; from any thread."""
-        os.write(self._writer, _WAKE)
+        """End a `wait`; from any thread, and nothing once the context has ended.
+
+        The number of a pipe that is closed may be that of a file by then: a byte too much was seen
+        in one of the graph's records.
+        """
+        with self._guard:
+            if self._writer >= 0:
+                os.write(self._writer, _WAKE)
 
 
 def ignore_hangup() -> None:

@@ -13,7 +13,6 @@ from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.status import Status
 from devmapper.driver import Driver
 from devmapper.engine.port import DeviceInfo
-from devmapper.errors import EngineGone
 from devmapper.linux import blockdev, mount
 from devmapper.server.sampling import Sample, Sampler
 from devmapper.snapshots.model import Info
@@ -87,11 +86,8 @@ class Observer:
 
     def _read_pool(self) -> PoolReading:
         devices = self._driver.devices
-        try:
-            found = devices.pool.status()  # `status_of` has a value for a pool that is silent, too
-        except EngineGone as err:
-            devices.revive(err)
-            found = devices.pool.status()
+        # Not `DeviceSet.status`, which has a value for a pool that is silent, too
+        found = devices.ask(lambda pool: pool.status())
         pool = devices.pool
         mark = pool.table().low_water_mark
         # Docker's mark is 2 GiB whatever the pool's size: a small pool is always below it

@@ -301,7 +301,9 @@ class Snapshots:
     def _size(self, entry: Entry, parent: Entry | None) -> int:
         if entry.snapshot.size is not None or parent is None:
             return entry.snapshot.size or 0
-        found = own_bytes(self._graph.pool, entry.record.thin_id, parent.record.thin_id)
+        found = self._graph.ask(
+            lambda pool: own_bytes(pool, entry.record.thin_id, parent.record.thin_id)
+        )
         if entry.snapshot.kind is Kind.COMMITTED:
             self._remember(entry.snapshot._replace(size=found))
         return found
