@@ -1,7 +1,9 @@
-"""On the host: tests with the marker `kernel` run in one guest and are reported one by one here.
+"""On the host: tests with the marker `kernel` run in guests and are reported one by one here.
 
-The guest boots when the tests start and works beside the host's own tests; its tests come last
-and take over the reports that the guest's pytest sends.  A test without a report has failed.
+The guests boot when the tests start and work beside the host's own tests; their tests come last
+and take over the reports that a guest's pytest sends.  A test without a report has failed.  There
+is one guest for the tests of the kernel engine itself, and one for whole programs on it, so that
+neither waits for the other.
 """
 
 import faulthandler
@@ -13,6 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -28,6 +31,7 @@ _UNLIMITED: Final = 3600.0  # seconds that a test without a time limit may be si
 _GRACE: Final = 60.0  # seconds beyond a test's own time limit until the guest counts as hung
 _END: Final = 60.0  # seconds for the guest's pytest to end after its last test
 _OUTPUT_TAIL: Final = 200  # pieces of what the guest's pytest prints
+_ENGINE_TESTS: Final = Path(__file__).parents[1] / "kernel"
 
 
 class Lost(Exception):
@@ -67,66 +71,32 @@ class Reports:
             return self._waiting[nodeid].popleft()
 
 
-class KernelTier:
-    """The pytest plugin; registered by tests/conftest.py."""
+class GuestTests:
+    """The tests of one guest, in the order in which it runs them."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self._config = config
-        self._mine: dict[str, pytest.Item] = {}
+        self._items = items
         self._reports = Reports()
         self._output: deque[bytes] = deque(maxlen=_OUTPUT_TAIL)
         self._guest: Guest | None = None
-        self._stack = ExitStack()
-        self._quiet = _UNLIMITED
+        self._quiet = max(map(self._limit, items)) + _GRACE
         self._failed = False
         self._lost = False
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if capabilities.kernel_tests_run_here():
-            return
-        mine = [item for item in items if item.get_closest_marker(MARKER)]
-        for item in mine:
-            item.add_marker("uml")
-        if capabilities.uml():
-            return  # each is left out with this reason, as tests of other tiers are
-        self._mine = {item.nodeid: item for item in mine}
-        items[:] = [item for item in items if item.nodeid not in self._mine] + mine
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> None:
-        if session.testsfailed or self._config.option.collectonly or not self._mine:
-            return
-        self._quiet = max(map(self._limit, self._mine.values())) + _GRACE
-        self._guest = self._stack.enter_context(
+    def start(self, stack: ExitStack) -> None:
+        """Boot the guest; it ends with *stack*."""
+        self._guest = stack.enter_context(
             running(self._argv(), self._machine(), output=self._print, lines=self._reports.take)
         )
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
-        if item.nodeid not in self._mine:
-            return None
-        # Both watch the test where it runs; here they would strike while we wait for it
-        faulthandler.cancel_dump_traceback_later()
-        hook = item.ihook
-        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    def report(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """The reports of one test as they come; after the last one, what is wrong with the end."""
         for report in self._reports_of(item):
             self._failed = self._failed or report.failed
-            hook.pytest_runtest_logreport(report=report)
-        if nextitem is None:
-            for report in self._end(item):
-                hook.pytest_runtest_logreport(report=report)
-        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        return True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_timeout_set_timer(self, item: pytest.Item) -> bool | None:
-        return True if item.nodeid in self._mine else None
-
-    def pytest_sessionfinish(self) -> None:
-        self._stack.close()
+            yield report
+        if item is self._items[-1]:
+            yield from self._end(item)
 
     def _argv(self) -> list[str]:
         option = self._config.option
@@ -149,7 +119,7 @@ class KernelTier:
         words += ["-s"] if option.capture == "no" else []
         words += ["-v"] * option.verbose
         words += [f"--timeout={option.timeout}"] if option.timeout is not None else []
-        return [*words, "--", *self._mine]
+        return [*words, "--", *(item.nodeid for item in self._items)]
 
     def _machine(self) -> Machine:
         required = {*capabilities.required(), MARKER, "root"} - {"uml"}
@@ -221,3 +191,62 @@ class KernelTier:
             nodeid=item.nodeid, location=item.location, keywords={}, outcome="failed",
             longrepr=why, when=when, sections=sections,
         )  # fmt: skip
+
+
+class KernelTier:
+    """The pytest plugin; registered by tests/conftest.py."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._guests: list[GuestTests] = []
+        self._mine: dict[str, GuestTests] = {}
+        self._stack = ExitStack()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if capabilities.kernel_tests_run_here():
+            return
+        mine = [item for item in items if item.get_closest_marker(MARKER)]
+        for item in mine:
+            item.add_marker("uml")
+        if capabilities.uml():
+            return  # each is left out with this reason, as tests of other tiers are
+        groups: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
+        for item in mine:
+            groups[_ENGINE_TESTS not in item.path.parents].append(item)
+        for group in filter(None, groups):
+            guest = GuestTests(self._config, group)
+            self._guests.append(guest)
+            self._mine.update({item.nodeid: guest for item in group})
+        others = [item for item in items if item.nodeid not in self._mine]
+        items[:] = [*others, *groups[0], *groups[1]]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        if session.testsfailed or self._config.option.collectonly:
+            return
+        for guest in self._guests:
+            guest.start(self._stack)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        guest = self._mine.get(item.nodeid)
+        if guest is None:
+            return None
+        # Both watch the test where it runs; here they would strike while we wait for it
+        faulthandler.cancel_dump_traceback_later()
+        hook = item.ihook
+        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in guest.report(item):
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_timeout_set_timer(self, item: pytest.Item) -> bool | None:
+        return True if item.nodeid in self._mine else None
+
+    def pytest_sessionfinish(self) -> None:
+        self._stack.close()
