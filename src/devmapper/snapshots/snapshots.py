@@ -65,6 +65,7 @@ class Snapshots:
         self._keys: KeyedLock[str] = KeyedLock()
         self._root_lock = threading.Lock()
         self._has_root = False
+        self._fs_type = ""
         self._tidy()
 
     def prepare(
@@ -244,8 +245,9 @@ class Snapshots:
 
     def _activate(self, session: Session, entry: Entry) -> tuple[Mount, ...]:
         device = self._mounts.activate(session, entry.layer, entry.record)
-        fs_type = session.store.load_deviceset().base_file_system
-        fs_type = fs_type or blockdev.probe_fs_type(device)
+        if not self._fs_type:  # every layer has the base's, which stays what it is
+            self._fs_type = session.store.load_deviceset().base_file_system
+        fs_type = self._fs_type or blockdev.probe_fs_type(device)
         # Every snapshot of an xfs has its origin's UUID, which xfs refuses to mount twice
         options = ["nouuid"] if fs_type == "xfs" else []
         for option in ",".join(self._graph.options.mount_options).split(","):
