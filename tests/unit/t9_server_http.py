@@ -164,17 +164,20 @@ def test_no_request_is_lost_that_came_before_the_end(tmp_path):
     assert sum(answered) > 100
 
 
+def sleeping() -> web.Application:
+    """Answers nothing for a minute."""
+
+    async def handle(request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    made = web.Application()
+    made.router.add_get("/", handle)
+    return made
+
+
 def test_stop_does_not_wait_for_ever(tmp_path):
-    def application() -> web.Application:
-        async def handle(request: web.Request) -> web.Response:
-            await asyncio.sleep(60)
-            return web.Response()
-
-        made = web.Application()
-        made.router.add_get("/", handle)
-        return made
-
-    service = HttpService("test", TcpAddress("127.0.0.1", 0), application)
+    service = HttpService("test", TcpAddress("127.0.0.1", 0), sleeping)
     service.start()
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -184,16 +187,7 @@ def test_stop_does_not_wait_for_ever(tmp_path):
 
 
 def test_told_again_to_stop_it_waits_less(tmp_path):
-    def application() -> web.Application:
-        async def handle(request: web.Request) -> web.Response:
-            await asyncio.sleep(60)
-            return web.Response()
-
-        made = web.Application()
-        made.router.add_get("/", handle)
-        return made
-
-    service = HttpService("test", TcpAddress("127.0.0.1", 0), application)
+    service = HttpService("test", TcpAddress("127.0.0.1", 0), sleeping)
     service.start()
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
