@@ -546,6 +546,36 @@ class TestService:
         with pytest.raises(ConnectionRefusedError):
             NbdClient(served.path)
 
+    def test_who_has_closed_is_gone_once_it_is_asked(self, served):
+        client = NbdClient.ready(served.path)
+        stamp = b"w" * MIB
+        for number in range(4):  # left in its socket for the service to find
+            client.ask(nbd.WRITE, number * len(stamp), len(stamp), stamp)
+        client.close()
+        served.service.settle(60)
+        assert served.service.status().clients == ()
+        assert served.service.close_if_idle()
+        assert read(served.device, 0, 4 * len(stamp)) == 4 * stamp
+
+    def test_who_stays_is_not_waited_for(self, served, client):
+        NbdClient.ready(served.path).close()
+        served.service.settle(60)
+        assert clients(served) == 1
+        assert client.read(0, 512) == bytes(512)
+
+    def test_who_has_closed_counts_while_its_write_waits_for_space(self, served):
+        other, _ = fill(served.pool, TWO)
+        client = NbdClient.ready(served.path)
+        client.ask(nbd.WRITE, 0, 512, b"n" * 512)
+        client.close()
+        served.service.settle(0.2)
+        assert clients(served) == 1
+        other.discard(0, BLOCK)
+        served.service.settle(60)
+        assert clients(served) == 0
+        assert read(served.device, 0, 512) == b"n" * 512
+        other.close()
+
     def test_a_handshake_under_way_does_not_keep_it(self, served):
         with NbdClient(served.path) as client:
             assert served.service.close_if_idle()
