@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.crash.test_engine_kill import KILLS
 from tests.support import nbd_client
 from tests.support.engine_rig import Rig
 from tests.support.nbd_client import Ended, NbdClient
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -55,6 +57,10 @@ class Writer:
                     self.flushes += 1
 
 
+def all_flushed(writers: list[Writer]) -> bool:
+    return all(writer.flushes for writer in writers)
+
+
 def content(number: int) -> bytes:
     return number.to_bytes(8, "big") * (SLOT // 8)
 
@@ -89,10 +95,7 @@ def test_what_was_flushed_survives(rig: Rig, chance: random.Random) -> None:
             writers = [Writer(each, n, durable[n]) for n, each in enumerate((one, two))]
             for writer in writers:
                 writer.thread.start()
-            deadline = time.monotonic() + 30
-            while not all(writer.flushes for writer in writers):
-                assert time.monotonic() < deadline, "no flush came through"
-                time.sleep(0.01)
+            wait_for(partial(all_flushed, writers), "no flush came through")
             time.sleep(chance.uniform(0.0, 0.4))
             if round_number % 2:
                 pool.create_snap(ThinId(100 + round_number), ONE)

@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tests.support.command import commands
 from tests.support.leftovers import assert_nothing_left
 from tests.support.nbd_client import NbdClient
 from tests.support.pools import Background
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -69,15 +70,6 @@ def mounted(driver: Driver, layer: str) -> Iterator[Path]:
         yield root
     finally:
         driver.put(layer)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # The command
@@ -289,7 +281,7 @@ def test_a_deletion_is_put_off_until_the_last_client_is_gone(tmp_path):
             with NbdClient(path) as late:
                 answers = late.answers(nbd_client.GO, nbd_client.info_data(b""))
                 assert answers[-1].kind == nbd_client.ERR_SHUTDOWN
-        assert eventually(lambda: not driver.devices.pool.devices())
+        wait_for(lambda: not driver.devices.pool.devices())
         driver.devices._deletions.complete_all()
         assert driver.devices.consistency().deleted == ()
         driver.cleanup()
@@ -305,12 +297,12 @@ def test_sigterm_to_the_engine_waits_for_clients(driver):
     assert server is not None
     with NbdClient.ready(path) as client:
         server.send_signal(signal.SIGTERM)
-        assert eventually(lambda: "still serving" in paths.log.read_text(), 60)
+        wait_for(lambda: "still serving" in paths.log.read_text())
         assert f"process {os.getpid()}" in paths.log.read_text()
         client.write(0, b"x" * 512)
         assert client.call(nbd_client.FLUSH) == 0
         server.send_signal(signal.SIGTERM)  # forced
-        assert server.wait(20)
+        assert server.wait(60)
         assert client.has_ended()
     driver.close()
 
@@ -373,7 +365,7 @@ def test_requests_wait_while_the_device_is_suspended(driver):
                 client.reply()
             with pytest.raises(LayerBusy):
                 driver.deactivate("vm")
-        client.socket.settimeout(20)
+        client.socket.settimeout(60)
         assert client.reply() == (0, cookie)
 
 
