@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from devmapper.deviceset.origin import quiesced
 from devmapper.engine.port import (
     Activation,
     Engine,
@@ -475,6 +476,31 @@ class EngineSuite:
         with mounted(pool.activate("snap", SNAP, SIZE), tmp_path / "mnt") as target:
             assert (target / "file").read_text() == "never synced\n"
         assert pool.deactivate("origin") is Outcome.DONE
+
+    def test_a_snapshot_while_its_origin_comes_and_goes(self, pool: ThinPool, origin: Path) -> None:
+        """Whoever has mounted it for a moment puts it when he likes."""
+        ended = threading.Event()
+
+        def come_and_go() -> int:
+            turns = 0
+            while not ended.is_set():
+                with suppress(ThinBusy):  # it is suspended, or held for that
+                    pool.deactivate("origin")
+                with suppress(ThinBusy):
+                    pool.activate("origin", ORIGIN, SIZE)
+                turns += 1
+            return turns
+
+        with ThreadPoolExecutor(1) as threads:
+            turns = threads.submit(come_and_go)
+            try:
+                for _ in range(15):
+                    with quiesced(pool, "origin"):
+                        pool.create_snap(SNAP, ORIGIN)
+                    pool.delete(SNAP)
+            finally:
+                ended.set()
+            assert turns.result() > 2
 
     def test_writes_wait_while_the_device_is_suspended(
         self, pool: ThinPool, mounted_origin: Path
