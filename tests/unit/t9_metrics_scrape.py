@@ -215,6 +215,8 @@ def test_operations_are_a_part_of_it(graph):
             found = scrape(service)
             labels = {"front_end": "docker", "operation": "Create"}
             assert value(found, "operations_under_way", **labels) == 1
+            # A rate of 0 tells that nothing ends; no series would tell nothing
+            assert value(found, "operation_duration_seconds_count", **labels) == 0
         with pytest.raises(UsageError), operations.measure("docker", "Create"):
             raise UsageError("no")
         found = scrape(service)
