@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.support import capabilities, cgroup
-from tests.support.command import PROGRAM, SMALL, Command
+from tests.support.command import PROGRAM, SMALL
 from tests.support.thin_tools import thin_check
 from tests.support.unix_http import docker_call
 
@@ -150,7 +150,8 @@ def booted(
 
     *rig* is a new folder on a disk; `graph` in it is /var/lib/devmapper there.  *file* is the
     daemon's configuration, *units* are more units, *enabled* those that a boot starts.  The pool's
-    metadata are looked at by thin_check.
+    metadata are looked at by thin_check.  Who powers it off lets the pool go: a container's systemd
+    leaves it active.
     """
     _fill(rig, file, units or {}, enabled)
     name = f"dmt-{os.getpid()}-systemd"
@@ -158,7 +159,12 @@ def booted(
         ready.bind(f"\0{name}")
         process = _start(rig, group, ready=f"@{name}")
         try:
-            machine = Systemd(rig / "units", process, _await_boot(process, ready))
+            try:
+                pid = _await_boot(process, ready)
+            except BaseException:
+                print((rig / "console").read_text(errors="replace"))
+                raise
+            machine = Systemd(rig / "units", process, pid)
             try:
                 yield machine
             except BaseException:
@@ -167,23 +173,15 @@ def booted(
             finally:
                 if machine.running:
                     machine.systemctl("stop", SERVICE)
-                    _let_go(
-                        machine.path(HOME), lambda *words: machine("/usr/bin/devmapper", *words)
-                    )
+                    if machine.path(HOME).joinpath("metadata").is_dir():
+                        machine("/usr/bin/devmapper", "engine", "stop", "--force")
         finally:
             group.kill()
             process.wait(_END_SECONDS)
-    # Powered off as a container, it leaves the kernel's pool active
-    _let_go(rig / "graph", Command(rig / "graph", options=()))
     metadata = rig / "graph" / "devicemapper" / "metadata"
     if metadata.exists() and not capabilities.tools():
         checked = thin_check(metadata)
         assert checked, checked.output
-
-
-def _let_go(home: Path, command: Callable[..., object]) -> None:
-    if (home / "metadata").is_dir():
-        command("engine", "stop", "--force")
 
 
 def _fill(rig: Path, file: str, units: Mapping[str, str], enabled: Sequence[str]) -> None:

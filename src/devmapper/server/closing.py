@@ -19,10 +19,9 @@ from typing import Final
 from aiohttp import web
 
 _LOOK_SECONDS: Final = 0.001
-_LOOKS: Final = (
-    500  # at most, for clients which send and send, or do not; on a busy machine a limit
-)
-# in seconds may be over before the second look
+# At most, for clients which send and send, or do not.  No limit in seconds: on a busy machine they
+# may be over before the second look
+_LOOKS: Final = 500
 
 
 async def quieten(
