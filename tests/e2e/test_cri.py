@@ -4,8 +4,7 @@ Pods use the node's network; no plugin for another one is needed then.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,6 +17,7 @@ from tests.support.containerd import SNAPSHOTTER, Containerd
 from tests.support.cri import Cri
 from tests.support.daemon import Daemon, served
 from tests.support.dockerd import busybox_tar
+from tests.support.waiting import wait_for
 
 OPTIONS: Final = (
     "dm.loopdatasize=1G",
@@ -86,14 +86,7 @@ def images(node: Node, tmp_path: Path) -> None:
         node.containerd.import_image(tmp_path / "image.tar", name)
     # CRI is told of images by events
     wanted = {f"{name}{TAG}" for name in (PAUSE, IMAGE)}
-    await_true(lambda: node.cri.images() == wanted, lambda: f"CRI's images: {node.cri.images()}")
-
-
-def await_true(holds: Callable[[], bool], what: Callable[[], str], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
+    wait_for(lambda: node.cri.images() == wanted, lambda: f"CRI's images: {node.cri.images()}")
 
 
 def in_use(daemon: Daemon) -> int:
@@ -148,17 +141,17 @@ def test_a_pod_s_life(node, images):
     assert kinds[pod] == kinds[first] == "Active"
 
     # What a kubelet evicts by: the container's bytes, and those of the file system of images
-    await_true(lambda: sees_all(node), lambda: told(node))
+    wait_for(lambda: sees_all(node), lambda: told(node))
     place, before, inodes = client.image_file_system()
     assert place == containerd.root / IMAGES_FOLDER
     written = client.written(first)
     assert 0 < written < 8 * MIB
     write(node, first, "big", 16)
     client.exec(first, "sh", "-c", "i=0; while [ $i -lt 100 ]; do echo >/tmp/$i; i=$((i+1)); done")
-    await_true(lambda: client.written(first) >= written + 16 * MIB, lambda: told(node))
-    await_true(lambda: client.image_file_system()[2] >= inodes + 101, lambda: told(node))
+    wait_for(lambda: client.written(first) >= written + 16 * MIB, lambda: told(node))
+    wait_for(lambda: client.image_file_system()[2] >= inodes + 101, lambda: told(node))
     assert client.written(first) < written + 24 * MIB
-    await_true(lambda: sees_all(node), lambda: told(node))
+    wait_for(lambda: sees_all(node), lambda: told(node))
     after = client.image_file_system()[1]
     assert before + 16 * MIB <= after
 
@@ -166,27 +159,27 @@ def test_a_pod_s_life(node, images):
     daemon.kill()
     write(node, first, "more", 4)
     daemon.start()
-    await_true(lambda: client.written(first) >= written + 20 * MIB, lambda: told(node))
+    wait_for(lambda: client.written(first) >= written + 20 * MIB, lambda: told(node))
     second = client.run_container(pod, "second", f"{IMAGE}{TAG}", "sleep", "100000")
     assert client.exec(second, "cat", "/etc/settings") == "web"
     assert client.exec(first, "cat", "/one") == "one"
     client.call("StopContainer", container_id=first)
     client.call("RemoveContainer", container_id=first)
     assert set(containerd.snapshots()) == mine | {pod, second}
-    await_true(lambda: client.image_file_system()[1] < after, lambda: told(node))
+    wait_for(lambda: client.image_file_system()[1] < after, lambda: told(node))
 
     # A pod ends without us, too: containerd forgets its snapshots, and collects ours with the next
     daemon.kill()
     client.end(pod)
     daemon.start()
-    await_true(lambda: is_found(containerd), containerd.tail)
+    wait_for(lambda: is_found(containerd), containerd.tail)
     assert set(containerd.snapshots()) == mine
     for name in (IMAGE, PAUSE):
         client.remove_image(f"{name}{TAG}")
     assert client.images() == set()
     assert containerd.snapshots() == {}
     with snapshots_client.connected(daemon.containerd) as snapshots:
-        await_true(lambda: not snapshots.names(), lambda: f"left: {snapshots.names()}")
-    await_true(lambda: client.image_file_system()[1:] == (0, 0), lambda: told(node))
+        wait_for(lambda: not snapshots.names(), lambda: f"left: {snapshots.names()}")
+    wait_for(lambda: client.image_file_system()[1:] == (0, 0), lambda: told(node))
     left = {entry["id"] for entry in daemon.command.run("--json", "ls").json}
     assert left == {"base", "snapshot-root"}

@@ -180,6 +180,17 @@ class Containerd:
             found[key] = ("".join(parent), kind)
         return found
 
+    def collect_garbage(self) -> None:
+        """Have it remove now what nobody refers to, by the end of a lease that is waited for.
+
+        By itself it collects after fifty times as long as it took before, which on a busy machine
+        is minutes; and what was removed while it collected it may not count as a reason
+        (`gc/scheduler`).
+        """
+        lease = f"x{time.monotonic_ns()}"
+        self.ctr("leases", "create", "--id", lease)
+        self.ctr("leases", "rm", "--sync", lease)
+
     def state_of(self, container: str) -> str:
         """RUNNING, STOPPED, or empty without a task."""
         for line in self.ctr("tasks", "ls").splitlines()[1:]:
