@@ -106,10 +106,20 @@ def ours(both: Both) -> set[str]:
 
 def assert_same_snapshots(both: Both) -> None:
     """Ours and those that containerd knows of are the same, once its garbage collector has run."""
+
+    def are_same() -> bool:
+        both.containerd.collect_garbage()
+        return ours(both) == set(both.containerd.snapshots())
+
     wait_for(
-        lambda: ours(both) == set(both.containerd.snapshots()),
-        f"ours: {ours(both)}, containerd's: {set(both.containerd.snapshots())}",
+        are_same, lambda: f"ours: {ours(both)}, containerd's: {set(both.containerd.snapshots())}"
     )
+
+
+def assert_no_snapshots(both: Both) -> None:
+    """Neither of us has any."""
+    assert_same_snapshots(both)
+    assert both.containerd.snapshots() == {}
 
 
 def assert_consistent(both: Both) -> None:
@@ -164,7 +174,7 @@ def test_a_life(both, image):
     # With the image its snapshots go, leaf first
     containerd.ctr("images", "rm", "--sync", image)
     assert containerd.snapshots() == {}
-    wait_for(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     assert mounted_devices(both) == set()
     assert_consistent(both)
 
@@ -187,7 +197,7 @@ def test_a_size_of_its_own(both, image):
     assert status != 0
     assert "containerd.io/snapshot/max-size='many': expected a size" in words
     containerd.ctr("images", "rm", "--sync", image)
-    wait_for(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
 
 
 def test_containers_outlive_both_daemons(both, image):
@@ -235,7 +245,7 @@ def test_containers_outlive_both_daemons(both, image):
 
     containerd.end("c1")
     containerd.ctr("images", "rm", "--sync", image)
-    wait_for(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     assert_consistent(both)
 
 
@@ -254,8 +264,7 @@ def test_what_is_left_is_collected(both, image):
     assert set(containerd.snapshots()) == kept | {"c1"}
     assert containerd.exec("c1", "cat", "/one") == "1"
     containerd.end("c1")
-    wait_for(lambda: containerd.snapshots() == {}, "the container's image is still held")
-    wait_for(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     left = {entry["id"] for entry in daemon.command.run("--json", "ls").json}
     assert left == {"base", "snapshot-root"}
     assert_consistent(both)

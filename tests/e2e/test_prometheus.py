@@ -18,7 +18,8 @@ from devmapper.units import MIB
 from tests.e2e.test_serve_metrics import get
 from tests.support import snapshots_client
 from tests.support.daemon import Daemon, served
-from tests.support.prometheus import ALERTS, JOB, Prometheus, await_true, prometheus, promtool
+from tests.support.prometheus import ALERTS, JOB, Prometheus, prometheus, promtool
+from tests.support.waiting import wait_for
 
 RULE_TESTS = ALERTS.with_name("alerts_test.yml")
 DASHBOARD = ALERTS.parents[1] / "grafana" / "devmapper.json"
@@ -139,7 +140,7 @@ def assert_dashboard_shows(server: Prometheus, daemon: Daemon) -> None:
                 del empty[name]
         return not empty
 
-    await_true(all_have_data, lambda: f"nothing to show: {empty}")
+    wait_for(all_have_data, lambda: f"nothing to show: {empty}")
 
 
 @pytest.mark.root
@@ -151,9 +152,9 @@ def test_daemons_that_prometheus_scrapes(tmp_path):
         asking_for_a_check(tmp_path / "b") as b,
         prometheus(tmp_path / "prometheus", [a, b]) as server,
     ):
-        await_true(
+        wait_for(
             lambda: len(server.query('devmapper_snapshots{kind="active"} == 1')) == 2,
-            lambda: server.get("targets"),
+            lambda: str(server.get("targets")),
         )
         of_a = f'{{job="{JOB}", instance="{a}"}}'
         (info,) = server.query(f"devmapper_info{of_a}")
@@ -166,10 +167,10 @@ def test_daemons_that_prometheus_scrapes(tmp_path):
             (b, "DevmapperPoolNeedsCheck", "firing"),
             (b, "DevmapperPoolTakesNoWrites", "pending"),
         }
-        await_true(lambda: server.alerts() == expected, server.alerts)
+        wait_for(lambda: server.alerts() == expected, lambda: str(server.alerts()))
         daemon.kill()
         expected.add((a, "DevmapperDaemonDown", "pending"))
-        await_true(lambda: server.alerts() == expected, server.alerts)
+        wait_for(lambda: server.alerts() == expected, lambda: str(server.alerts()))
 
 
 @pytest.mark.root

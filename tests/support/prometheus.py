@@ -3,16 +3,16 @@
 import json
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-SECONDS: Final = 60.0
+from tests.support.waiting import PATIENCE, wait_for
+
 ALERTS: Final = Path(__file__).parents[2] / "deploy" / "prometheus" / "alerts.yml"
 JOB: Final = "devmapper"
 _LISTENS: Final = re.compile(r'msg="Listening on" address=127\.0\.0\.1:(\d+)')
@@ -61,20 +61,12 @@ class Prometheus:
         """The member `data` of an answer."""
         url = f"{self._base}{what}?{urllib.parse.urlencode(parameters)}"
         try:
-            with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
                 body = json.load(answer)
         except urllib.error.HTTPError as err:
             raise AssertionError(f"{what} {parameters}: {err.read().decode()}") from err
         assert body["status"] == "success", body
         return body["data"]
-
-
-def await_true(holds: Callable[[], object], what: Callable[[], object]) -> None:
-    """Wait until *holds*; *what* says how things stand if it does not come to that."""
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.1)
 
 
 @contextmanager
@@ -104,7 +96,7 @@ def prometheus(folder: Path, targets: Sequence[str]) -> Iterator[Prometheus]:
     finally:
         process.terminate()
         try:
-            process.wait(SECONDS)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -120,14 +112,14 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
         found[:] = _LISTENS.findall(text)
         return bool(found) and "Server is ready to receive web requests" in text
 
-    await_true(listens, log.read_text)
+    wait_for(listens, log.read_text)
     return int(found[0])
 
 
 def promtool(*arguments: object, stdin: bytes = b"") -> str:
     """What it says, with nothing to complain of."""
     done = subprocess.run(
-        ["promtool", *map(str, arguments)], input=stdin, capture_output=True, timeout=SECONDS
+        ["promtool", *map(str, arguments)], input=stdin, capture_output=True, timeout=PATIENCE
     )
     said = (done.stdout + done.stderr).decode()
     assert done.returncode == 0, said
