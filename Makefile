@@ -32,7 +32,8 @@ fmt: $(STAMP) ## format the code
 	$(VENV)/bin/ruff check --fix .
 
 test: $(STAMP) lint machines ## everything; what this machine cannot run is named at the end
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto tests/unit
+	$(PY) -m pytest -q tests --ignore=tests/unit
 
 machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
 	@$(PY) -m tests.support.vm

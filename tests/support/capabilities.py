@@ -103,6 +103,15 @@ def qemu() -> str:
 
 
 @functools.cache
+def prometheus() -> str:
+    """Prometheus, and its tool that reads and tests rules."""
+    for tool in ("prometheus", "promtool"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (Debian: prometheus)"
+    return ""
+
+
+@functools.cache
 def uml() -> str:
     """A kernel with dm-thin as a process: User Mode Linux."""
     from tests.uml import boot
@@ -135,6 +144,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "docker": docker,
     "go": go,
     "qemu": qemu,
+    "prometheus": prometheus,
     "uml": uml,
     "systemd": systemd,
     "kernel": kernel,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from devmapper.deviceset.id_maps import container_root
 from devmapper.deviceset.layer_root import make_owned
 from devmapper.server import lock, registry, sockets
-from devmapper.server.address import Address
+from devmapper.server.address import Address, show_address
 from devmapper.server.config import Config, OnStop
 from devmapper.server.ending import EndRequests
 from devmapper.server.notify import Notifier
@@ -60,7 +60,7 @@ def serve(config: Config) -> None:
         requests = stack.enter_context(EndRequests())
         upper = stack.enter_context(ExitStack())  # what has to end before the pool is let go
         services = _started(plans, _ground(config, driver, upper))
-        what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
+        what = f"serving graph {str(config.root)!r}: {', '.join(map(_described, services))}"
         log.info("%s", what)
         notifier.ready(what)
         _wait_for_end(requests, notifier)
@@ -144,12 +144,16 @@ def _started(plans: Sequence[Plan], ground: Ground) -> list[Service]:
             service = plan.make(ground, plan.address)
             services.append(service)
             service.start()
-            log.debug("%s", plan)
+            log.debug("%s", _described(service))
     except BaseException:
         for service in reversed(services):
             service.stop(0.0)
         raise
     return services
+
+
+def _described(service: Service) -> str:
+    return f"{service.name} on {show_address(service.address)}"
 
 
 def _wait_for_end(requests: EndRequests, notifier: Notifier) -> None:

@@ -18,7 +18,7 @@ from typing import Final, ParamSpec, TypeVar
 from aiohttp import web
 
 from devmapper.server import closing, sockets
-from devmapper.server.address import TcpAddress
+from devmapper.server.address import Address, TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,13 @@ class HttpService:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def address(self) -> Address:
+        """See `Service.address`."""
+        if isinstance(self._address, TcpAddress):
+            return self._address._replace(port=self.port or self._address.port)
+        return self._address
 
     def start(self) -> None:
         """See `Service.start`."""
