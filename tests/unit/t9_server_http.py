@@ -18,6 +18,7 @@ from devmapper.errors import UsageError
 from devmapper.server import closing, sockets
 from devmapper.server.http import HttpService, TcpAddress
 from devmapper.server.operations import Operations
+from tests.support.waiting import wait_for
 
 
 class _Connection(http.client.HTTPConnection):
@@ -179,8 +180,7 @@ def test_who_has_just_connected_is_still_answered(tmp_path, monkeypatch):
         client.connect()
         stopper = threading.Thread(target=service.stop, args=(120.0,))
         stopper.start()
-        while list(tmp_path.iterdir()):  # until nobody else can connect
-            time.sleep(0.01)
+        wait_for(lambda: not list(tmp_path.iterdir()), "others can connect")
         client.request("GET", "/")
         assert client.getresponse().read() == b"answered"
         stopper.join()
