@@ -13,6 +13,7 @@ packages=(
   qemu-system-x86         # a virtual machine boots from a snapshot, in software
   user-mode-linux kmod    # a kernel with dm-thin as a process, for the tests; modprobe in it
   busybox-static          # halt there, where no init system is installed
+  systemd                 # our unit runs under it, as process 1 of namespaces in the guest; not here
   dmsetup udev lvm2       # devices made by hand, udevadm and udevd, pools of LVM
   libdevmapper1.02.1      # the library that the kernel engine calls
   docker.io containerd runc # the last dockerd with the devicemapper driver: hand-over in the guest

@@ -120,6 +120,16 @@ def uml() -> str:
 
 
 @functools.cache
+def systemd() -> str:
+    """A systemd to run in namespaces, and the hierarchy of control groups that it takes there."""
+    if not os.path.exists("/lib/systemd/systemd"):
+        return "systemd is not installed (Debian: systemd)"
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return "no cgroup version 2 in /sys/fs/cgroup"
+    return ""
+
+
+@functools.cache
 def kernel() -> str:
     """The kernel's device mapper with thin-pool: what the kernel engine needs."""
     from devmapper.engine.kernel import requirements
@@ -136,5 +146,6 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "qemu": qemu,
     "prometheus": prometheus,
     "uml": uml,
+    "systemd": systemd,
     "kernel": kernel,
 }

@@ -38,9 +38,9 @@ def test_notices_reach_a_socket_with_a_path(tmp_path):
         ]  # fmt: skip
         notifier.status("busy")
         notifier.alive()
-        notifier.stopping("bye")
+        notifier.stopping("bye", 1.5)
         assert [listener.recv(4096) for _ in range(3)] == [
-            b"STATUS=busy", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=bye",
+            b"STATUS=busy", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=bye\nEXTEND_TIMEOUT_USEC=1500000",
         ]  # fmt: skip
 
 

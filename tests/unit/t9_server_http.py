@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from devmapper.errors import UsageError
-from devmapper.server import sockets
+from devmapper.server import closing, sockets
 from devmapper.server.http import HttpService, TcpAddress
 from devmapper.server.operations import Operations
 
@@ -160,6 +160,30 @@ def test_no_request_is_lost_that_came_before_the_end(tmp_path):
     assert len(lost) <= 1
     assert len(answered) + len(lost) == 40
     assert sum(answered) > 100
+
+
+def test_who_has_just_connected_is_still_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(closing, "_LOOKS", 60_000)
+
+    def application() -> web.Application:
+        async def handle(request: web.Request) -> web.Response:
+            return web.Response(body=b"answered")
+
+        made = web.Application()
+        made.router.add_get("/", handle)
+        return made
+
+    service = HttpService("test", tmp_path / "a.sock", application)
+    service.start()
+    with contextlib.closing(_Connection(tmp_path / "a.sock")) as client:
+        client.connect()
+        stopper = threading.Thread(target=service.stop, args=(120.0,))
+        stopper.start()
+        while list(tmp_path.iterdir()):  # until nobody else can connect
+            time.sleep(0.01)
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"answered"
+        stopper.join()
 
 
 def sleeping() -> web.Application:

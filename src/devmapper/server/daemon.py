@@ -4,6 +4,7 @@ It can be killed at any moment: what it has mounted stays, what it was doing is 
 by whoever opens the graph next, and the sockets that it leaves are replaced.
 """
 
+import faulthandler
 import logging
 import os
 import resource
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 _HOME_MODE: Final = 0o700  # as the device set makes it
 _IDLE_SECONDS: Final = 1.0  # for a worker without a request to end
 _BREAK_OFF_SECONDS: Final = 5.0  # for services to end once requests are not waited for any more
+_RELEASE_SECONDS: Final = 90.0  # for unmounting and letting go of the pool
+_MARGIN_SECONDS: Final = 10.0  # until the service manager takes us for hung, on a busy machine
 
 
 def serve(config: Config) -> None:
@@ -46,6 +49,8 @@ def serve(config: Config) -> None:
     and the lock are gone then.
     """
     notifier = Notifier.take()
+    if notifier.watchdog_seconds:
+        faulthandler.enable()  # its SIGABRT then tells in the log where each thread was
     _raise_file_limit()
     os.chdir("/")
     with ExitStack() as stack:
@@ -60,13 +65,14 @@ def serve(config: Config) -> None:
         notifier.ready(what)
         _wait_for_end(requests, notifier)
         log.info("told to end: requests under way have %gs", config.stop_time)
-        notifier.stopping("waiting for requests under way")
+        longest = config.stop_time + _BREAK_OFF_SECONDS + _IDLE_SECONDS + _MARGIN_SECONDS
+        notifier.stopping("waiting for requests under way", longest)
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
         upper.close()
         if config.on_stop is OnStop.RELEASE:
-            notifier.stopping("letting go of the pool")
+            notifier.stopping("letting go of the pool", _RELEASE_SECONDS)
             driver.cleanup()
         log.info("ended; the pool %s", _fate(config))
 
