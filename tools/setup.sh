@@ -39,6 +39,10 @@ if ((${#missing[@]})); then
     fi
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    # Nor after the next boot: it would listen on all addresses
+    if [[ " ${missing[*]} " == *" prometheus "* ]] && command -v systemctl >/dev/null; then
+      systemctl disable --quiet prometheus.service
+    fi
   else
     echo "setup: not root: going on without ${missing[*]}" >&2
   fi
