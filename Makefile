@@ -48,7 +48,8 @@ shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothin
 	@$(PY) -m tests.uml
 
 soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs, clients for ten minutes
-	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 $(PY) -m pytest -q -o faulthandler_timeout=0 --timeout 7200 tests/crash tests/unit/t4_metadata.py
+	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 DIFF_EXAMPLES=200 $(PY) -m pytest -q -o faulthandler_timeout=0 --timeout 7200 \
+		tests/crash tests/unit/t4_metadata.py tests/conformance/test_diff_edits.py
 	$(PY) -m pytest -q -o faulthandler_timeout=0 --timeout 7200 -m soak tests/e2e
 
 demo: $(STAMP) ## a Debian root file system becomes layers, before your eyes

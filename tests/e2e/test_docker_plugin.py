@@ -181,6 +181,16 @@ def test_slow_clients_do_not_stop_the_others(daemon, client):
     wait_for(lambda: mounted_layers(daemon.home) == set())
 
 
+def test_changes_in_many_pieces(client):
+    """More of them than are sent at once."""
+    names = [f"{number:04}" + "n" * 150 for number in range(2000)]
+    make(client, "one", {"a": b"1"})
+    make(client, "two", dict.fromkeys(names, b""), parent="one")
+    added = [{"Path": f"/{name}", "Kind": 1} for name in names]
+    assert client("Changes", ID="two", Parent="one") == {"Changes": added}
+    assert client("Changes", ID="two") == {"Changes": [*added, {"Path": "/a", "Kind": 1}]}
+
+
 def test_an_error_amid_a_diff_does_not_look_like_a_tar(daemon, client):
     """A name that a tar of changes cannot hold, behind more than was buffered."""
     make(client, "one", {"a": os.urandom(4 * MIB), "z/.wh.name": b""})
