@@ -165,7 +165,7 @@ class HttpService:
             asyncio.run(self._serve(listener, ready))
         except BaseException as err:
             if ready.is_set():
-                log.exception("the %s service ended", self._name)
+                raise  # the thread dies of it, which the daemon notices
             failures.append(err)
         finally:
             listener.close()
