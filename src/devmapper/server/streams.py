@@ -119,4 +119,5 @@ def _wait_for(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> 
             if future.done():
                 raise  # the work's own
             if loop.is_closed():
+                work.close()  # it may have ended before it began with that
                 raise ConnectionAbortedError("the service ends") from None
