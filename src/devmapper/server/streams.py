@@ -11,6 +11,10 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiohttp import ClientError, StreamReader
+from aiohttp.web import RequestPayloadError
+
+from devmapper.errors import ArchiveError
+from devmapper.server.refusal import broken_body
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -100,6 +104,8 @@ async def next_piece(content: StreamReader, least: int = PIECE) -> bytes:
             found += data
     except ClientError as err:
         raise ConnectionResetError("the client broke the request off") from err
+    except RequestPayloadError as err:
+        raise ArchiveError("", broken_body(err)) from err
     return bytes(found)
 
 
