@@ -54,6 +54,7 @@ class LayerMounts:
         self._elsewhere = ProcessLocks(runtime_base() / f".lock-{graph.names.prefix}-layers")
         self._users = Users(runtime_base() / f"{graph.names.prefix}-users")
         self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
+        graph.on_revival.append(self._tell_lost)
 
     @contextmanager
     def hold(self, *layers: LayerId) -> Iterator[None]:
@@ -156,6 +157,18 @@ class LayerMounts:
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         return self._place(layer, self.info(layer))
+
+    def _tell_lost(self, _session: Session) -> None:
+        """Name the mounts that an engine has taken with it, and who was counted on them."""
+        for layer in self._users.layers():
+            if not mount.is_mount_point(self._mount_points / layer):
+                users = ", ".join(sorted(self._users.of(layer)))
+                log.warning(
+                    "layer %r was mounted for %s and is not any more: its device has gone with the"
+                    " engine; what uses it has to mount it again",
+                    file_name(layer),
+                    users,
+                )
 
     def _place(self, layer: LayerId, info: DeviceInfo | None) -> Path | None:
         if info is None or info.open_count == 0:  # a mount is a user

@@ -110,6 +110,7 @@ def _opened(config: Config) -> "Iterator[Driver]":
         gid_maps=config.id_maps,
     )
     try:
+        driver.devices.keep_serving()
         yield driver
     finally:
         driver.close()
