@@ -47,19 +47,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         assert " ERROR " not in log
 
 
-@pytest.fixture
-def docker(daemon: Daemon) -> Iterator[PluginClient]:
-    client = PluginClient(daemon.docker)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def containerd(daemon: Daemon) -> Iterator[SnapshotsClient]:
-    with connected(daemon.containerd) as client:
-        yield client
-
-
 def await_that(what: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():

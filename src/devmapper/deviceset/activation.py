@@ -123,6 +123,7 @@ class LayerMounts:
                 if info is None or info.state is Activation.LEAVING or info.nbd is not None:
                     raise LayerNotMounted(file_name(layer))
                 self._deactivate(layer, info)  # what an earlier call could not do
+                self.remove_mount_point(layer)
                 return 0
             users = self._users.of(layer)
             if not take_back(users, user):

@@ -100,20 +100,13 @@ def _check_free(address: Address) -> None:
 
 @contextmanager
 def _opened(config: Config) -> "Iterator[Driver]":
-    from devmapper.driver import init
+    from devmapper.driver import init_mapped
 
-    driver = init(
-        config.root,
-        config.storage_opts,
-        engine=config.engine,
-        uid_maps=config.id_maps,
-        gid_maps=config.id_maps,
-    )
-    try:
+    with init_mapped(
+        config.root, config.storage_opts, engine=config.engine, id_maps=config.id_maps
+    ) as driver:
         driver.devices.keep_serving()
         yield driver
-    finally:
-        driver.close()
 
 
 def _ground(config: Config, driver: "Driver", upper: ExitStack) -> Ground:
