@@ -9,13 +9,21 @@ Markdown.  It asserts nothing.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarking import Timings, add, disk, go_benchmarks, need_packages, quartiles, run
+from benchmarking import (
+    Timings,
+    add,
+    disk,
+    go_benchmarks,
+    has_guests,
+    need_packages,
+    quartiles,
+    run,
+)
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
@@ -130,10 +138,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.guest is not None:
         return in_the_guest(options)
-    if os.geteuid() != 0 or shutil.which("linux.uml") is None:
-        print("bench-docker: needs root and User Mode Linux (make setup)", file=sys.stderr)
-        return 1
-    return on_the_host(options)
+    return on_the_host(options) if has_guests("bench-docker") else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,14 @@ IMAGE_SIZE = 6 << 30
 NANOSECONDS_PER_MILLISECOND = 1e6
 
 Timings = dict[str, list[float]]  # nanoseconds
+
+
+def has_guests(name: str) -> bool:
+    """Whether the benchmark *name*, which runs in a guest, can start one; if not, it says so."""
+    if os.geteuid() == 0 and shutil.which("linux.uml") is not None:
+        return True
+    print(f"{name}: needs root and User Mode Linux (make setup)", file=sys.stderr)
+    return False
 
 
 def need_packages(suite: Path) -> None:

@@ -21,13 +21,13 @@ from devmapper.deviceset.id_maps import IdMap, container_root
 from devmapper.deviceset.layer_options import parse_layer_options
 from devmapper.deviceset.layer_root import ROOTFS, make_owned, prepare_root
 from devmapper.deviceset.names import LayerId, file_name, layer_id
+from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.status import rows
 from devmapper.engine.port import Engine
 from devmapper.errors import LayerNotFound
 from devmapper.layerdiff.ids import IDENTITY, Ids
 from devmapper.linux import blockdev, libc, mount
 from devmapper.linux.blockdev import opened
-from devmapper.units import ThinId
 
 if TYPE_CHECKING:
     from devmapper.engine.select import Preference
@@ -35,6 +35,18 @@ if TYPE_CHECKING:
     from devmapper.layerdiff.inode_ranges import InodeSet
 
 log = logging.getLogger(__name__)
+
+
+def init_mapped(
+    home: Path | str,
+    options: Iterable[str],
+    *,
+    engine: "Preference | Engine",
+    id_maps: Iterable[IdMap],
+) -> "Driver":
+    """As `init`, with the same maps for users and groups, as settings have them."""
+    maps = tuple(id_maps)
+    return init(home, options, engine=engine, uid_maps=maps, gid_maps=maps)
 
 
 def init(
@@ -192,8 +204,7 @@ class Driver:
         again.  moby `driver.go` Put.
         """
         layer = layer_id(id)
-        if self.devices.unmount_device(layer, user=user) == 0:
-            self._remove_mount_point(layer)
+        self.devices.unmount_device(layer, user=user)
 
     def activate(self, id: str) -> str:  # noqa: A002 - the seed's name
         """Make a layer's block device without mounting it, and return its path.
@@ -315,13 +326,17 @@ class Driver:
         with self._compared(id, parent) as (root, found):
             return diff_size(root, found)
 
-    def usage(self) -> list[LayerUsage]:
-        """What each layer takes, the base layer too (as "base"), from a copy of pool metadata."""
+    def usage(self, records: Mapping[LayerId, LayerRecord] | None = None) -> list[LayerUsage]:
+        """What each layer takes, the base layer too (as "base"), from a copy of pool metadata.
+
+        Who has read all records already gives them, and they are not read again.
+        """
         from devmapper.thin.blocks import FileDevice
         from devmapper.thin.ls import ls
 
         pool = self.devices.pool
-        layers = self.devices.meta_data().devices
+        if records is None:
+            records = self.devices.parts.graph.store.load_all()
         with tempfile.TemporaryDirectory(prefix="devmapper-") as directory:
             copy = Path(directory) / "metadata"
             self.devices.ask(lambda pool: pool.export_metadata(copy))
@@ -329,15 +344,15 @@ class Driver:
                 listed = {device.thin_id: device for device in ls(reader)}
         block_size = pool.status().block_size
         found = []
-        for layer, info in sorted(layers.items()):
-            device = listed.get(ThinId(info.device_id))
-            if device is None or info.deleted:
+        for layer, record in sorted(records.items()):
+            device = listed.get(record.thin_id)
+            if device is None or record.deleted:
                 continue
             found.append(
                 LayerUsage(
-                    file_name(LayerId(layer)),
-                    info.device_id,
-                    info.size,
+                    file_name(layer),
+                    record.thin_id,
+                    record.size,
                     device.mapped_blocks * block_size,
                     device.exclusive_blocks * block_size,
                     device.shared_blocks * block_size,

@@ -31,8 +31,9 @@
     │   ├── FormatError                    30
     │   └── RecordCorrupt                  30
     ├── ToolError                          40   a program that we ran failed
-    └── EngineError                        41   the engine's process is gone or does not answer
-        └── EngineGone                     41   gone: whoever opens the graph next starts another
+    ├── EngineError                        41   the engine's process is gone or does not answer
+    │   └── EngineGone                     41   gone: whoever opens the graph next starts another
+    └── ServiceDied                        42   a thread of the daemon has died
 
 Classes carry data as attributes and word it in `__str__`; what to do about it is `hint`.
 Below the engines everything is a plain `OSError`.
@@ -357,3 +358,18 @@ class EngineError(DevmapperError):
 
 class EngineGone(EngineError):
     """The embedded engine's process has ended: its pool is at its last commit."""
+
+
+class ServiceDied(DevmapperError):
+    """A thread of the daemon, *thread*, has ended by an error that nobody expected."""
+
+    exit_code = 42
+
+    def __init__(self, thread: str, error: BaseException) -> None:
+        text = str(error)
+        super().__init__(
+            f"thread {thread!r} of the daemon has died of {type(error).__name__}"
+            + (f": {text}" if text else ""),
+            hint="the log has the traceback: report it; start the daemon again",
+        )
+        self.thread = thread

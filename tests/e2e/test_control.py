@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from devmapper.graph.remote import RemoteGraph
+from tests.support.command import Command
 from tests.support.daemon import Daemon, served
 from tests.support.snapshots_client import connected
 from tests.support.waiting import wait_for
@@ -183,3 +185,61 @@ def test_a_command_at_the_daemon_starts_quickly(tmp_path):
         assert "devmapper.graph.remote" in loaded
         heavy = {"aiohttp", "asyncio", "grpc", "prometheus_client", "devmapper.driver", "tarfile"}
         assert loaded & heavy == set()
+
+
+def test_a_daemon_starts_beside_a_command_that_has_the_graph_open(tmp_path):
+    """Neither waits for the other: they are two processes on one graph."""
+    raw = io.BytesIO()
+    content = os.urandom(4 << 20)
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        for name in ("first", "second"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    tar = raw.getvalue()
+    half = len(content) + 512 + 1024
+    home = tmp_path / "graph"
+    direct = Command(home)
+    direct("create", "other")
+    importing = direct.start(
+        "import",
+        "large",
+        "-",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert importing.stdin is not None
+    try:
+        importing.stdin.write(tar[:half])
+        importing.stdin.flush()
+        first = home / "mnt" / "large" / "rootfs" / "first"
+        wait_for(lambda: first.exists() and first.stat().st_size == len(content))
+        assert importing.poll() is None
+        with (
+            served(tmp_path, docker=True, on_stop="release", check_log=False) as daemon,
+            closing(importing.stdin),
+        ):
+            dm = daemon.command
+            assert {each["id"] for each in dm("--json", "ls").json} == {"base", "large", "other"}
+            assert "'large' is busy" in dm.fails(12, "rm", "large")
+            dm("create", "beside", "--parent", "other")
+            dm("get", "large")
+            dm("put", "large")
+            daemon.signal()
+            assert daemon.wait() == 12  # it cannot let go of everything, and says why
+            (told,) = [each for each in daemon.log.read_text().splitlines() if "is busy" in each]
+            assert told.startswith("devmapper: layer ")
+            assert f"process {importing.pid} (" in told
+            assert first.stat().st_size == len(content)
+            daemon.start()
+            _, err = importing.communicate(tar[half:], timeout=120)
+            assert (importing.returncode, err) == (0, b"")
+            root = Path(dm("get", "large").text.rstrip("\n"))
+            assert (root / "first").read_bytes() == (root / "second").read_bytes() == content
+            dm("put", "large")
+            assert not root.exists()
+            dm("rm", "large")
+    finally:
+        importing.kill()
+        importing.wait()

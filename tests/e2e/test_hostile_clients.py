@@ -48,19 +48,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         assert " ERROR " not in log
 
 
-@pytest.fixture
-def docker(daemon: Daemon) -> Iterator[PluginClient]:
-    client = PluginClient(daemon.docker)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def containerd(daemon: Daemon) -> Iterator[SnapshotsClient]:
-    with connected(daemon.containerd) as client:
-        yield client
-
-
 def mounted_below(place: Path) -> list[str]:
     points = [str(entry.mount_point) for entry in mounts.mountinfo()]
     return [point for point in points if point.startswith(f"{place}/")]
@@ -160,6 +147,32 @@ def test_clients_that_leave_amid_a_tar(daemon, docker):
         assert [member.size for member in found if member.isreg()] == [8 * MIB]
     for layer in ("large", "whole"):
         docker.remove(layer)
+    assert only_root(daemon)
+
+
+@pytest.mark.parametrize("chunk", [b"zz\r\n", b"4\r\nabcdef\r\n"])
+def test_a_tar_whose_chunks_are_wrong_is_an_error_and_lets_go_of_the_layer(daemon, docker, chunk):
+    docker.create("half")
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        info = tarfile.TarInfo("big")
+        info.size = 4 * MIB
+        archive.addfile(info, io.BytesIO(bytes(info.size)))
+    tar = raw.getvalue()[: 2 * MIB]
+    head = b"POST /GraphDriver.ApplyDiff?id=half HTTP/1.1\r\nHost: d\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    with connect(daemon.docker) as connection:
+        connection.sendall(head + b"%x\r\n%s\r\n" % (len(tar), tar))
+        connection.sendall(chunk)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == http.client.OK
+        assert "broken" in json.loads(response.read())["Err"]
+        assert connection.recv(1) == b""
+    with pytest.raises(PluginError, match="holds a part of another transfer"):
+        docker.apply_diff("half", "", raw.getvalue())
+    docker.remove("half")
+    assert not mounted_below(daemon.home)
     assert only_root(daemon)
 
 

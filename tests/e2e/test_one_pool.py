@@ -14,7 +14,7 @@ from devmapper.linux import mount as mounts
 from tests.support.daemon import Daemon, served
 from tests.support.graphs import records
 from tests.support.layers_client import PluginClient, PluginError
-from tests.support.snapshots_client import SnapshotsClient, connected
+from tests.support.snapshots_client import SnapshotsClient
 from tests.support.soak_containerd import mount
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
@@ -28,19 +28,6 @@ SECONDS = 120.0
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     with served(tmp_path, storage_options=OPTIONS, docker=True, containerd=True) as daemon:
         yield daemon
-
-
-@pytest.fixture
-def docker(daemon: Daemon) -> Iterator[PluginClient]:
-    client = PluginClient(daemon.docker)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def containerd(daemon: Daemon) -> Iterator[SnapshotsClient]:
-    with connected(daemon.containerd) as client:
-        yield client
 
 
 def snapshot_layers(daemon: Daemon) -> dict[str, str]:

@@ -5,7 +5,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,72 @@ def _begin_apply(client: UnixConnection, piece: bytes, total: int) -> None:
     client.endheaders()
     client.send(piece)
     time.sleep(0.5)  # until it is under way
+
+
+# A thread that dies
+
+
+def _mortal(thread: str) -> list[str]:
+    return [sys.executable, "-m", "tests.support.mortal", thread]
+
+
+def test_when_a_services_thread_dies_the_others_finish_and_it_ends(tmp_path):
+    body = _tar_of(b"x" * MIB)
+    options: dict[str, Any] = {**FRONT_ENDS, "stop_time": "1h", "check_log": False}
+    with served(tmp_path, program=_mortal("metrics-http"), **options) as daemon:
+        docker(daemon, "Create", ID="one")
+        client = UnixConnection(daemon.docker)
+        _begin_apply(client, body[:1000], len(body))
+        daemon.signal(signal.SIGUSR1)
+        with socket.socket(socket.AF_UNIX) as other, suppress(OSError):
+            other.connect(str(daemon.metrics))  # the thread wakes and dies
+        daemon.await_notice("STOPPING=1", 60)
+        client.send(body[1000:])
+        assert b'"Size":1048576' in client.getresponse().read()
+        client.close()
+        assert daemon.wait() == 42
+        _is_told(daemon, "metrics-http")
+        daemon.start()  # as systemd does
+        path = Path(docker(daemon, "Get", ID="one"))
+        assert (path / "big").stat().st_size == MIB
+        docker(daemon, "Put", ID="one")
+
+
+def test_the_death_of_grpcs_thread_is_not_waited_for(tmp_path):
+    options: dict[str, Any] = {**FRONT_ENDS, "stop_time": "1h", "check_log": False}
+    with served(tmp_path, program=_mortal("containerd-grpc"), on_stop="release", **options) as it:
+        docker(it, "Create", ID="one")
+        path = Path(docker(it, "Get", ID="one"))
+        it.signal(signal.SIGUSR1)
+        assert it.wait() == 42
+        _is_told(it, "containerd-grpc")
+        assert path.exists()  # it is to be started again, so it lets go of nothing
+        it.start()
+        docker(it, "Put", ID="one")
+
+
+def test_a_death_and_requests_that_do_not_end(tmp_path):
+    body = _tar_of(b"x" * MIB)
+    options: dict[str, Any] = {**FRONT_ENDS, "stop_time": "100ms", "check_log": False}
+    with served(tmp_path, program=_mortal("containerd-grpc"), **options) as daemon:
+        docker(daemon, "Create", ID="one")
+        client = UnixConnection(daemon.docker)
+        _begin_apply(client, body[:1000], len(body))
+        daemon.signal(signal.SIGUSR1)
+        assert daemon.wait() == 42
+        client.close()
+        daemon.start()
+        docker(daemon, "Remove", ID="one")
+
+
+def _is_told(daemon: Daemon, thread: str) -> None:
+    log = daemon.log.read_text()
+    assert log.count(f"thread '{thread}' has died") == 1, log
+    told = f"devmapper: thread '{thread}' of the daemon has died of SystemExit"
+    assert log.splitlines()[-2] == told
+    assert not daemon.docker.exists()
+    assert not daemon.metrics.exists()
+    assert serving(daemon.home) is None
 
 
 # Killed and started again

@@ -12,7 +12,6 @@ from devmapper.engine.kernel.pool import KernelPool
 from devmapper.engine.port import PoolTable
 from devmapper.linux import loop
 from tests.support import capabilities, dm, thin_tools
-from tests.support import udevd as support
 from tests.uml.boot import SCRATCH
 
 POOL = "kernel-test-pool"
@@ -69,6 +68,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def udevd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """udevd runs, and the programs that the test starts work with it."""
-    with support.udevd():
+    with dm.udevd():
         monkeypatch.delenv("DM_DISABLE_UDEV", raising=False)
         yield

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +23,16 @@ END_SECONDS: Final = 60.0
 class Daemon:
     """`devmapper serve` on the graph in `home`; its sockets are in `sockets`, its log in `log`."""
 
-    def __init__(self, home: Path, directory: Path, options: dict[str, Any], engine: str) -> None:
+    def __init__(
+        self,
+        home: Path,
+        directory: Path,
+        options: dict[str, Any],
+        engine: str,
+        program: Sequence[str],
+    ) -> None:
         self.home = home
+        self.program = program
         self.sockets = directory
         self.docker = directory / "devmapper.sock"
         self.containerd = directory / "containerd.sock"
@@ -47,7 +55,7 @@ class Daemon:
 
     def argv(self) -> list[str]:
         words = [
-            *PROGRAM, "--root", str(self.home), "--engine", self.command.engine,
+            *self.program, "--root", str(self.home), "--engine", self.command.engine,
             *(f"--storage-opt={option}" for option in self.command.options),
             "serve", "--config", str(self._config), "--control-socket", str(self.control),
         ]  # fmt: skip
@@ -145,6 +153,7 @@ def served(
     storage_options: tuple[str, ...] = SMALL,
     engine: str = "auto",
     check_log: bool = True,
+    program: Sequence[str] = PROGRAM,
     **options: Any,
 ) -> Iterator[Daemon]:
     """A daemon that is ready; afterwards it is stopped, its pool let go, its engine ended.
@@ -156,7 +165,7 @@ def served(
     """
     graph = home or tmp_path / "graph"
     with tempfile.TemporaryDirectory(prefix=f"dmt-{os.getpid()}-serve-", dir="/run") as directory:
-        daemon = Daemon(graph, Path(directory), options, engine)
+        daemon = Daemon(graph, Path(directory), options, engine, program)
         daemon.command.options = storage_options
         try:
             daemon.start()

@@ -1,6 +1,7 @@
 """Files: replacement, locks, holes."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -187,3 +188,61 @@ def test_a_lock_ends_with_its_process_and_names_it(tmp_path: Path) -> None:
         lock.acquire()
         lock.release()
         assert path.stat().st_mtime_ns == written  # the name was there already
+
+
+def test_places_of_one_file_are_locks_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "locks"
+    with (
+        files.locked_place(path, 2**60),
+        files.locked_place(path, 0),
+        files.locked_place(path, 1),
+    ):
+        for number in (0, 1, 2**60):
+            with pytest.raises(BlockingIOError), files.locked_place(path, number, timeout=0.05):
+                pass
+    with files.locked_place(path, 1):
+        pass
+
+
+def test_who_waits_for_a_place_is_not_passed_by_who_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "locks"
+    waited = threading.Event()
+
+    def wait() -> None:
+        with files.locked_place(path, 7, timeout=60):
+            waited.set()
+
+    with files.locked_place(path, 7):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        while True:  # until it is in the queue
+            try:
+                with open(path, "rb+") as file:
+                    fcntl.fcntl(file, fcntl.F_OFD_SETLK, files._FLOCK.pack(1, 0, 14, 1, 0))
+            except BlockingIOError:
+                break
+    with files.locked_place(path, 7, timeout=60):
+        assert waited.is_set()
+    waiter.join()
+
+
+def test_a_place_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "locks"
+    program = (
+        "import sys; from pathlib import Path; from devmapper.linux.files import locked_place\n"
+        "with locked_place(Path(sys.argv[1]), 5):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError), files.locked_place(path, 5):
+            pass
+        child.kill()
+        child.wait()
+        with files.locked_place(path, 5, timeout=60):
+            pass

@@ -2,7 +2,15 @@
 
 import pytest
 
-from devmapper.deviceset.id_maps import ROOT, IdMap, Owner, container_root, parse_id_map
+from devmapper.deviceset.id_maps import (
+    ROOT,
+    IdMap,
+    Owner,
+    canonical,
+    container_root,
+    parse_id_map,
+    show_maps,
+)
 from devmapper.errors import UsageError
 
 
@@ -41,3 +49,13 @@ def test_a_map_is_read_from_three_numbers():
     for text in ("", "0:1", "0:1:2:3", "0:-1:2", "0: 1:2", "a:b:c", "0:1:" + "9" * 5000, "0:٣:1"):
         with pytest.raises(UsageError, match="id map"):
             parse_id_map(text)
+
+
+def test_one_map_has_one_spelling():
+    assert canonical([]) == canonical([IdMap(0, 0, 2**32 - 1)]) == ()
+    assert canonical([IdMap(0, 0, 65536)]) == (IdMap(0, 0, 65536),)
+    parts = [IdMap(10, 1010, 5), IdMap(0, 1000, 10), IdMap(15, 2015, 1)]
+    assert canonical(parts) == (IdMap(0, 1000, 15), IdMap(15, 2015, 1))
+    assert canonical(iter(parts)) == canonical(canonical(parts))
+    assert show_maps(parts) == "0:1000:15, 15:2015:1"
+    assert show_maps([]) == "no id maps"

@@ -56,6 +56,7 @@ def test_what_killed_processes_have_left_goes(places, tmp_path):
         users.set(layer, Counter({"docker": 1}))
     for name in (f".tmp-{os.getpid()}-one", ".tmp-99999999-one"):
         (tmp_path / "users" / name).touch()
-    users.tidy(lambda layer: layer == ONE)
+    users.tidy()
     left = {path.name for path in (tmp_path / "users").iterdir()}
-    assert left == {"one", f".tmp-{os.getpid()}-one"}
+    assert left == {"one", "two", f".tmp-{os.getpid()}-one"}
+    assert users.layers() == [ONE, LayerId("two")]

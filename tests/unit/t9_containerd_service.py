@@ -463,7 +463,7 @@ def test_every_error_has_a_status(kind, caplog):
     unexpected = (
         DevmapperError, errors.ToolError, errors.LayerError, errors.MountFailed,
         errors.ArchiveError, errors.PoolError, errors.ThinIdError, errors.ThinIdExists,
-        errors.ThinIdMissing,
+        errors.ThinIdMissing, errors.ServiceDied,
     )  # fmt: skip
     assert (status.code is grpc.StatusCode.INTERNAL) == (kind in unexpected)
     assert status.text == "what failed; what to do"

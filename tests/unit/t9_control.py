@@ -40,6 +40,7 @@ from devmapper.graph.frames import Kind, pack, pack_json, read_frame
 from devmapper.graph.local import LocalGraph
 from devmapper.graph.model import LayerRow, OpenGraph
 from devmapper.graph.remote import RemoteGraph
+from devmapper.layerdiff.ids import Ids
 from devmapper.server import lock
 from devmapper.server.control.service import MAX_REQUEST, ControlService
 from devmapper.server.operations import Operations
@@ -603,10 +604,21 @@ def test_options_that_the_daemon_does_not_have_are_refused(served, words, fragme
 
 def test_engine_and_id_maps_that_the_daemon_does_not_have_are_refused(served):
     engine = served.local.engine().engine
-    served.remote.agree(engine, (), ("0:0:65536",))
+    served.remote.agree(engine, (), ("0:0:4294967295",))
+    served.remote.agree(engine, (), ("1000:1000:4294966295", "0:0:1000"))
     with pytest.raises(UsageError, match=f"engine '{engine}', not 'kernel'"):
         served.remote.agree("kernel", (), ())
-    with pytest.raises(UsageError, match="not '100000'"):
+    for words in (("0:100000:65536",), ("0:0:65536",)):  # the root of the second is the same
+        with pytest.raises(UsageError, match=f"was started without id-map, not with '{words[0]}'"):
+            served.remote.agree("auto", (), words)
+    served.driver.ids = Ids([(0, 100000, 65536)], [(0, 100000, 65536)])
+    served.remote.agree("auto", (), ("0:100000:65536",))
+    served.remote.agree("auto", (), ("1000:101000:64536", "0:100000:1000"))
+    for other in ("0:100000:65535", "0:100000:65537"):
+        with pytest.raises(UsageError, match=f"has id-map '0:100000:65536', not '{other}'"):
+            served.remote.agree("auto", (), (other,))
+    served.driver.ids = Ids([(0, 100000, 65536)], [(0, 100000, 1000)])
+    with pytest.raises(UsageError, match="has id-map '0:100000:1000', not '0:100000:65536'"):
         served.remote.agree("auto", (), ("0:100000:65536",))
     with pytest.raises(UsageError, match="have no root"):
         served.remote.agree("auto", (), ("1:100000:10",))

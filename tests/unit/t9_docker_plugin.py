@@ -15,6 +15,7 @@ from devmapper.deviceset.id_maps import IdMap
 from devmapper.deviceset.options import OPTION_NAMES, Options
 from devmapper.driver import Driver
 from devmapper.errors import LayerError, LayerExists, UsageError
+from devmapper.layerdiff.ids import Ids
 from devmapper.server.docker import wire
 from devmapper.server.docker.agreement import FIELDS
 from devmapper.server.docker.service import DockerPlugin
@@ -286,14 +287,23 @@ def test_every_option_can_be_compared():
     assert set(FIELDS.values()) == fields - {"given"}
 
 
-def test_id_maps_have_to_be_those_of_the_graph(client):
-    none = {"container_id": 0, "host_id": 0, "size": 65536}
+def test_id_maps_have_to_be_those_of_the_graph(client, driver):
+    none = {"container_id": 0, "host_id": 0, "size": 2**32 - 1}
     assert client("Init", UIDMaps=[none], GIDMaps=[none]) == {}
-    maps = [{**none, "host_id": 100000}]
-    assert "100000:100000 on the host, but the graph belongs to 0:0" in client.error(
-        "Init", UIDMaps=maps, GIDMaps=maps
+    maps = [{**none, "host_id": 100000, "size": 65536}]
+    assert "user ids with 0:100000:65536, but the daemon that holds the graph with no id maps" in (
+        client.error("Init", UIDMaps=maps, GIDMaps=maps)
     )
-    assert "have no root" in client.error("Init", UIDMaps=[{**none, "container_id": 1}])
+    driver.ids = Ids([(0, 100000, 65536)], [(0, 100000, 65536)])
+    halves = [
+        {**none, "container_id": begin, "host_id": 100000 + begin, "size": 32768}
+        for begin in (32768, 0)
+    ]
+    assert client("Init", UIDMaps=maps, GIDMaps=halves) == {}
+    assert "group ids with 0:100000:32768, but" in client.error(
+        "Init", UIDMaps=maps, GIDMaps=halves[1:]
+    )
+    assert "have no root" in client.error("Init", UIDMaps=[{**maps[0], "container_id": 1}])
 
 
 def test_cleanup_leaves_the_graph_open(client, driver):

@@ -141,19 +141,15 @@ def opened_driver(settings: Settings, *, create: bool = False) -> Iterator["Driv
     require_root()
     if not create:
         require_graph(settings)
-    from devmapper.driver import init
+    from devmapper.driver import init_mapped
 
-    driver = init(
+    with init_mapped(
         settings.root,
         settings.storage_options,
         engine=settings.engine,
-        uid_maps=settings.id_maps,
-        gid_maps=settings.id_maps,
-    )
-    try:
+        id_maps=settings.id_maps,
+    ) as driver:
         yield driver
-    finally:
-        driver.close()
 
 
 def own_pool(settings: Settings) -> "tuple[Options, str]":

@@ -24,6 +24,7 @@ from devmapper.deviceset.consistency import present_in_pool
 from devmapper.deviceset.keyed_lock import KeyedLock
 from devmapper.deviceset.mounting import mention_label, mount_layer
 from devmapper.deviceset.names import LayerId, file_name
+from devmapper.deviceset.process_locks import ProcessLocks
 from devmapper.deviceset.records import LayerRecord
 from devmapper.deviceset.session import Graph, Session
 from devmapper.deviceset.users import SOMEBODY, Users, take_back
@@ -50,13 +51,21 @@ class LayerMounts:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._locks: KeyedLock[LayerId] = KeyedLock()
+        self._elsewhere = ProcessLocks(runtime_base() / f".lock-{graph.names.prefix}-layers")
         self._users = Users(runtime_base() / f"{graph.names.prefix}-users")
         self._mount_points = Path(os.path.realpath(graph.home)) / "mnt"
+        graph.on_revival.append(self._tell_lost)
 
     @contextmanager
     def hold(self, *layers: LayerId) -> Iterator[None]:
         """Keep the other threads of this process from these layers."""
         with self._locks.hold(*layers):
+            yield
+
+    @contextmanager
+    def _hold_everywhere(self, layer: LayerId) -> Iterator[None]:
+        """Keep everybody, also other processes, from mounting and unmounting the layer."""
+        with self.hold(layer), self._elsewhere.hold(layer):
             yield
 
     def mount(
@@ -75,7 +84,7 @@ class LayerMounts:
         With *once* a *user* who has it mounted is not counted again.  On an error the layer is as
         it was.
         """
-        with self.hold(layer):
+        with self._hold_everywhere(layer):
             info = self.info(layer)
             place = self._place(layer, info)
             if place is not None:
@@ -106,7 +115,7 @@ class LayerMounts:
         Busy: `LayerBusy` after a second, and everything stays as it was, so that it can be tried
         again; at once, where only others than *user* use it.
         """
-        with self.hold(layer):
+        with self._hold_everywhere(layer):
             info = self.info(layer)
             place = self._place(layer, info)
             if info is None or place is None:
@@ -114,6 +123,7 @@ class LayerMounts:
                 if info is None or info.state is Activation.LEAVING or info.nbd is not None:
                     raise LayerNotMounted(file_name(layer))
                 self._deactivate(layer, info)  # what an earlier call could not do
+                self.remove_mount_point(layer)
                 return 0
             users = self._users.of(layer)
             if not take_back(users, user):
@@ -128,7 +138,7 @@ class LayerMounts:
 
     def users(self, layer: LayerId) -> Mapping[str, int]:
         """Who uses the layer's mount, by name; empty if it is not mounted."""
-        with self.hold(layer):
+        with self._hold_everywhere(layer):
             if self._place(layer, self.info(layer)) is None:
                 return {}
             return dict(self._users.of(layer))
@@ -139,7 +149,7 @@ class LayerMounts:
 
     def count_once(self, layer: LayerId, user: str) -> None:
         """However often *user* was counted, once it is from now on."""
-        with self.hold(layer):
+        with self._hold_everywhere(layer):
             users = self._users.of(layer)
             if users[user] > 1:
                 users[user] = 1
@@ -148,6 +158,18 @@ class LayerMounts:
     def mount_point(self, layer: LayerId) -> Path | None:
         """Where the layer is mounted now."""
         return self._place(layer, self.info(layer))
+
+    def _tell_lost(self, _session: Session) -> None:
+        """Name the mounts that an engine has taken with it, and who was counted on them."""
+        for layer in self._users.layers():
+            if not mount.is_mount_point(self._mount_points / layer):
+                users = ", ".join(sorted(self._users.of(layer)))
+                log.warning(
+                    "layer %r was mounted for %s and is not any more: its device has gone with the"
+                    " engine; what uses it has to mount it again",
+                    file_name(layer),
+                    users,
+                )
 
     def _place(self, layer: LayerId, info: DeviceInfo | None) -> Path | None:
         if info is None or info.open_count == 0:  # a mount is a user
@@ -235,13 +257,22 @@ class LayerMounts:
             log.debug("mount point of layer %r stays: %s", file_name(layer), err.strerror)
 
     def forget_layer(self, layer: LayerId) -> None:
-        """The layer does not exist any more: nothing of its mount stays.  Call while holding it."""
-        self._users.drop(layer)
-        self.remove_mount_point(layer)
+        """The layer does not exist any more: nothing of its mount stays.
+
+        Call while holding it.  Another process may have made one of the same id already.
+        """
+        with self._elsewhere.hold(layer):
+            if self._place(layer, self.info(layer)) is None:
+                self._users.drop(layer)
+                self.remove_mount_point(layer)
 
     def tidy_users(self) -> None:
         """Nobody uses layers that are not mounted, whatever a killed process has left."""
-        self._users.tidy(lambda layer: bool(self.users(layer)))
+        self._users.tidy()
+        for layer in self._users.layers():
+            with self._hold_everywhere(layer):  # or somebody mounts it before they are dropped
+                if self._place(layer, self.info(layer)) is None:
+                    self._users.drop(layer)
 
     def forget(self) -> None:
         """Nobody in this process uses a mount any more."""

@@ -75,12 +75,15 @@ class Deletions:
                     if not self._deferred:
                         raise self._mounts.busy(layer)
                     idle = False
-                if idle and not self._graph.options.discard_on_delete:
+                at_once = idle and not self._graph.options.discard_on_delete
+                if at_once:
                     session.delete(layer, record)
-                    self._mounts.forget_layer(layer)
-                    log.info("deleted layer %r", file_name(layer))
-                    return Deletion.DONE
-                session.doom(layer, record)
+                else:
+                    session.doom(layer, record)
+            if at_once:
+                self._mounts.forget_layer(layer)
+                log.info("deleted layer %r", file_name(layer))
+                return Deletion.DONE
             if idle:
                 return self._complete(layer)
             self._defer_removal(layer)

@@ -293,6 +293,13 @@ class DeviceSet:
         where = None if socket is None else Path(socket)
         return self._disks.serve(layer, where, read_only=read_only)
 
+    def keep_serving(self) -> None:
+        """Serve over NBD again, if the engine is killed, what is served now; for a daemon.
+
+        What this process serves itself is so in any case.
+        """
+        self._disks.learn()
+
     def nbd_export(self, hash: str) -> NbdExport | None:  # noqa: A002 - the seed's name
         """How the layer is served over NBD now, and to whom; `LayerNotFound`."""
         layer = internal_layer_id(hash)

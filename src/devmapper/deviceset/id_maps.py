@@ -25,6 +25,9 @@ class IdMap(NamedTuple):
         return f"{self.container_id}:{self.host_id}:{self.size}"
 
 
+_EVERY_ID: Final = IdMap(0, 0, _MAX_ID + 1)
+
+
 class Owner(NamedTuple):
     """Ids of the host."""
 
@@ -47,6 +50,25 @@ def container_root(uid_maps: Iterable[IdMap], gid_maps: Iterable[IdMap]) -> Owne
     `UsageError` for maps that the kernel would refuse, and for those that have no root.
     """
     return Owner(_root("uid", list(uid_maps)), _root("gid", list(gid_maps)))
+
+
+def canonical(maps: Iterable[IdMap]) -> tuple[IdMap, ...]:
+    """The same map in one spelling: sorted, what joins as one; none for all ids as they are."""
+    found: list[IdMap] = []
+    for each in sorted(maps):
+        if found:
+            last = found[-1]
+            ends = (last.container_id + last.size, last.host_id + last.size)
+            if ends == (each.container_id, each.host_id):
+                found[-1] = last._replace(size=last.size + each.size)
+                continue
+        found.append(each)
+    return () if found == [_EVERY_ID] else tuple(found)
+
+
+def show_maps(maps: Iterable[IdMap]) -> str:
+    """For people."""
+    return ", ".join(map(str, canonical(maps))) or "no id maps"
 
 
 def parse_id_map(text: str) -> IdMap:

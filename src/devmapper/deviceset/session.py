@@ -39,6 +39,7 @@ class Graph:
         self.lock = GraphLock(home)
         self.checkpoint = checkpoint
         self.reopen: Callable[[], ThinPool] | None = None  # how to get the pool of an engine again
+        self.on_revival: list[Callable[[Session], object]] = []  # called after that
         self._session: Session | None = None
         self._holding = threading.local()
 
@@ -68,7 +69,9 @@ class Graph:
                 if self.reopen is None:
                     raise
                 log.warning("%s: it is started again", err)
-                self.adopt(self.reopen())
+                session = self.adopt(self.reopen())
+                for call in self.on_revival:
+                    call(session)
             self._holding.graph = True
             try:
                 yield self._session

@@ -8,7 +8,6 @@ process's alone.  The numbers count only while the layer is mounted: that is ask
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,7 +20,10 @@ _TEMPORARY: Final = ".tmp-"
 
 
 class Users:
-    """The users of one graph's mounts.  A layer's methods are called while holding that layer."""
+    """The users of one graph's mounts.
+
+    A layer's methods are called while holding that layer, from other processes as well.
+    """
 
     def __init__(self, directory: Path) -> None:
         """*directory* is one of a file system that is empty after a boot; made when needed."""
@@ -54,23 +56,23 @@ class Users:
         """Nobody in this process uses a mount any more."""
         self._nameless.clear()
 
-    def tidy(self, is_mounted: Callable[[LayerId], bool]) -> None:
-        """Remove what processes that were killed have left of layers that are not mounted."""
+    def tidy(self) -> None:
+        """Remove what processes have left that were killed while they wrote."""
         for name in self._names():
             if not name.startswith(_TEMPORARY):
-                layer = layer_of_file(name)
-                if not is_mounted(layer):
-                    self.drop(layer)
                 continue
             pid = name.removeprefix(_TEMPORARY).partition("-")[0]
             if not Path("/proc", pid).exists():
                 with suppress(FileNotFoundError):
                     (self._directory / name).unlink()
 
+    def layers(self) -> list[LayerId]:
+        """The layers that somebody with a name is remembered for; not all may be mounted."""
+        return [layer_of_file(name) for name in self._names() if not name.startswith(_TEMPORARY)]
+
     def layers_of(self, user: str) -> list[LayerId]:
-        """The layers that *user*, who has a name, is remembered for; not all may be mounted."""
-        names = [name for name in self._names() if not name.startswith(_TEMPORARY)]
-        return [layer for layer in map(layer_of_file, names) if self._read(layer).get(user)]
+        """Those that *user*, who has a name, is remembered for."""
+        return [layer for layer in self.layers() if self._read(layer).get(user)]
 
     def _names(self) -> list[str]:
         try:

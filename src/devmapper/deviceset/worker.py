@@ -54,3 +54,5 @@ class Worker:
                 self._work(self._stopping.is_set)
             except (DevmapperError, OSError) as err:
                 log.warning("%s: %s", self._name, err)
+            except Exception:
+                log.exception("%s", self._name)

@@ -76,8 +76,8 @@ class LocalGraph:
         return self.driver.exists(layer)
 
     def layers(self) -> tuple[LayerRow, ...]:
-        usage = self.driver.usage()
         records = self._store.load_all()
+        usage = self.driver.usage(records)
         active = {device.thin_id for device in self._devices.ask(lambda pool: pool.devices())}
         found = []
         for each in usage:

@@ -23,6 +23,7 @@ _FALLOC_FL_PUNCH_HOLE: Final = 0x02
 _FALLOC_FL_ZERO_RANGE: Final = 0x10
 
 _FLOCK: Final = Struct("@hhlli4x")  # struct flock of 64-bit Linux: type whence start len pid
+_FIRST_POLL_SECONDS: Final = 0.001
 _LOCK_POLL_SECONDS: Final = 0.05
 _HOLDER_LIMIT: Final = 4096
 _MKSTEMP_MODE: Final = 0o600
@@ -190,7 +191,7 @@ class FileLock:
             return
         try:
             # A child that was forked while we held it shares the description: closing is not enough
-            fcntl(fd, F_OFD_SETLK, _FLOCK.pack(F_UNLCK, os.SEEK_SET, 0, 0, 0))
+            _unlock(fd, 0, 0)
         finally:
             os.close(fd)
 
@@ -247,14 +248,48 @@ def locked(path: Path, *, shared: bool = False, timeout: float = 0.0) -> Iterato
         lock.release()
 
 
+@contextmanager
+def locked_place(path: Path, number: int, *, timeout: float = 0.0) -> Iterator[None]:
+    """Hold the lock *number* (of 61 bits) of the many in one file, which is made when needed.
+
+    Each is two bytes of the file: whoever waits has the first one meanwhile, so that those who
+    come again and again do not keep others from it for ever.  `BlockingIOError` when *timeout*
+    seconds were not enough.
+    """
+    begin = 2 * number
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        deadline = time.monotonic() + timeout
+        _wait_for_lock(fd, F_WRLCK, timeout, path, begin=begin, length=1)
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            _wait_for_lock(fd, F_WRLCK, left, path, begin=begin + 1, length=1)
+        finally:
+            _unlock(fd, begin, 1)
+        yield
+    finally:
+        try:
+            _unlock(fd, begin, 2)  # closing is not enough, see `FileLock.release`
+        finally:
+            os.close(fd)
+
+
 def is_sparse(path: Path) -> bool:
     """Whether a regular file takes less space than its size."""
     found = path.stat()
     return stat.S_ISREG(found.st_mode) and found.st_blocks * 512 < found.st_size
 
 
-def _wait_for_lock(fd: int, kind: int, timeout: float, path: Path) -> None:
-    request = _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+def _unlock(fd: int, begin: int, length: int) -> None:
+    fcntl(fd, F_OFD_SETLK, _FLOCK.pack(F_UNLCK, os.SEEK_SET, begin, length, 0))
+
+
+def _wait_for_lock(
+    fd: int, kind: int, timeout: float, path: Path, *, begin: int = 0, length: int = 0
+) -> None:
+    """Lock *length* bytes, 0 for all that follow, within *timeout* seconds."""
+    request = _FLOCK.pack(kind, os.SEEK_SET, begin, length, 0)
+    pause = _FIRST_POLL_SECONDS
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -267,7 +302,8 @@ def _wait_for_lock(fd: int, kind: int, timeout: float, path: Path) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise BlockingIOError(errno.EAGAIN, "lock is held by another process", str(path))
-        time.sleep(min(_LOCK_POLL_SECONDS, left))
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LOCK_POLL_SECONDS)
 
 
 def _write_holder(fd: int, note: str) -> None:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from devmapper.deviceset.id_maps import container_root
 from devmapper.deviceset.layer_root import make_owned
+from devmapper.errors import ServiceDied
 from devmapper.server import lock, registry, sockets
 from devmapper.server.address import Address, show_address
 from devmapper.server.config import Config, OnStop
+from devmapper.server.deaths import ThreadDeaths
 from devmapper.server.ending import EndRequests
 from devmapper.server.notify import Notifier
 from devmapper.server.operations import Operations
@@ -45,8 +47,9 @@ def serve(config: Config) -> None:
     If requests have to be broken off, threads still work on the graph: the process ends then
     without waiting for them, as if it were killed.
 
-    `GraphLocked` for a second daemon, and what opening the graph and listening raise; the sockets
-    and the lock are gone then.
+    A thread that dies is such a signal, too; then it ends with `ServiceDied`, and lets go of
+    nothing, for it ought to be started again.  `GraphLocked` for a second daemon, and what opening
+    the graph and listening raise; the sockets and the lock are gone then.
     """
     notifier = Notifier.take()
     if notifier.watchdog_seconds:
@@ -58,19 +61,23 @@ def serve(config: Config) -> None:
         notifier.status(f"opening {config.root}")
         driver = stack.enter_context(_opened(config))
         requests = stack.enter_context(EndRequests())
+        deaths = stack.enter_context(ThreadDeaths(requests.wake))
         upper = stack.enter_context(ExitStack())  # what has to end before the pool is let go
         services = _started(plans, _ground(config, driver, upper))
         what = f"serving graph {str(config.root)!r}: {', '.join(map(_described, services))}"
         log.info("%s", what)
         notifier.ready(what)
-        _wait_for_end(requests, notifier)
-        log.info("told to end: requests under way have %gs", config.stop_time)
+        died = _wait_for_end(requests, deaths, notifier)
+        why = "told to end" if died is None else "ends, for a thread has died"
+        log.info("%s: requests under way have %gs", why, config.stop_time)
         longest = config.stop_time + _BREAK_OFF_SECONDS + _IDLE_SECONDS + _MARGIN_SECONDS
         notifier.stopping("waiting for requests under way", longest)
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
-            _end_as_if_killed()
+            _end_as_if_killed(died)
         upper.close()
+        if died is not None:
+            raise died
         if config.on_stop is OnStop.RELEASE:
             notifier.stopping("letting go of the pool", _RELEASE_SECONDS)
             driver.cleanup()
@@ -99,19 +106,13 @@ def _check_free(address: Address) -> None:
 
 @contextmanager
 def _opened(config: Config) -> "Iterator[Driver]":
-    from devmapper.driver import init
+    from devmapper.driver import init_mapped
 
-    driver = init(
-        config.root,
-        config.storage_opts,
-        engine=config.engine,
-        uid_maps=config.id_maps,
-        gid_maps=config.id_maps,
-    )
-    try:
+    with init_mapped(
+        config.root, config.storage_opts, engine=config.engine, id_maps=config.id_maps
+    ) as driver:
+        driver.devices.keep_serving()
         yield driver
-    finally:
-        driver.close()
 
 
 def _ground(config: Config, driver: "Driver", upper: ExitStack) -> Ground:
@@ -156,10 +157,16 @@ def _described(service: Service) -> str:
     return f"{service.name} on {show_address(service.address)}"
 
 
-def _wait_for_end(requests: EndRequests, notifier: Notifier) -> None:
+def _wait_for_end(
+    requests: EndRequests, deaths: ThreadDeaths, notifier: Notifier
+) -> ServiceDied | None:
+    """Wait for a signal, or until a thread has died: the error for that."""
     watchdog = notifier.watchdog_seconds
-    while requests.wait(watchdog / 2 if watchdog else None) is None:
+    while (died := deaths.first) is None:
+        if requests.wait(watchdog / 2 if watchdog else None) is not None:
+            return None
         notifier.alive()
+    return died
 
 
 def _stop(
@@ -212,9 +219,9 @@ def _workers_are_left() -> bool:
     return any(worker.is_alive() for worker in workers)
 
 
-def _end_as_if_killed() -> NoReturn:
+def _end_as_if_killed(died: ServiceDied | None) -> NoReturn:
     logging.shutdown()
-    os._exit(0)
+    os._exit(0 if died is None else died.exit_code)
 
 
 def _fate(config: Config) -> str:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from devmapper.server import closing, sockets
 from devmapper.server.address import Address, TcpAddress
+from devmapper.server.refusal import Connection, Refuse, plain
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,14 @@ class HttpService:
         application: Callable[[], web.Application],
         *,
         keep_alive: float = KEEP_ALIVE_SECONDS,
+        refuse: Refuse = plain,
     ) -> None:
         """*application* is called in the event loop's thread, once, by `start`.
 
-        Connections that are idle for *keep_alive* seconds are closed.
+        Connections that are idle for *keep_alive* seconds are closed.  *refuse* makes the answer
+        to what is no HTTP.
         """
+        self._refuse = refuse
         self._name = name
         self._address = address
         self._make = application
@@ -132,7 +136,7 @@ class HttpService:
             self._changed.set()
 
     async def _end(
-        self, runner: web.AppRunner, site: web.SockSite, listener: socket.socket
+        self, runner: web.AppRunner, site: asyncio.Server, listener: socket.socket
     ) -> None:
         """Let nobody connect any more, answer what clients have sent, and close.
 
@@ -144,7 +148,7 @@ class HttpService:
         server = runner.server
         if server is not None:
             await closing.quieten(server, listener, self._under_way, self._heard)
-            await site.stop()
+            site.close()
             while self._under_way:
                 self._changed.clear()
                 await self._changed.wait()
@@ -176,7 +180,7 @@ class HttpService:
             asyncio.run(self._serve(listener, ready))
         except BaseException as err:
             if ready.is_set():
-                log.exception("the %s service ended", self._name)
+                raise  # the thread dies of it, which the daemon notices
             failures.append(err)
         finally:
             listener.close()
@@ -187,18 +191,15 @@ class HttpService:
         self._stop = asyncio.Event()
         application = self._make()
         application.middlewares.insert(0, self._watched)
-        runner = web.AppRunner(
-            application,
-            access_log=None,
-            handle_signals=False,
-            shutdown_timeout=FOREVER_SECONDS,
-            keepalive_timeout=self._keep_alive,
-        )
+        runner = web.AppRunner(application, handle_signals=False, shutdown_timeout=FOREVER_SECONDS)
         await runner.setup()
         server = runner.server
-        site = web.SockSite(runner, listener, backlog=sockets.BACKLOG)
+        assert server is not None  # noqa: S101 - it has been set up
+        connection = functools.partial(
+            Connection, server, self._refuse, loop=self._loop, keep_alive=self._keep_alive
+        )
+        site = await self._loop.create_server(connection, sock=listener, backlog=sockets.BACKLOG)
         try:
-            await site.start()
             ready.set()
             await self._stop.wait()
         finally:
@@ -207,7 +208,7 @@ class HttpService:
                     await self._end(runner, site, listener)
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
-                for connection in server.connections if server else ():
-                    if connection.transport is not None:
-                        connection.transport.abort()
+                for each in server.connections:
+                    if each.transport is not None:
+                        each.transport.abort()
                 await asyncio.sleep(0)  # for the loop to close them

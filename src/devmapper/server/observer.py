@@ -101,10 +101,10 @@ class Observer:
 
     def _read_layers(self) -> LayersReading:
         devices = self._driver.devices
-        usage = self._driver.usage()
+        records = devices.parts.graph.store.load_all()
+        usage = self._driver.usage(records)
         active = {info.thin_id: info for info in devices.pool.devices()}
         mounted = _mounted(list(active.values()))
-        records = devices.parts.graph.store.load_all()
         named = {file_name(layer): records[layer] for layer in records}
         found = [
             LayerReading(

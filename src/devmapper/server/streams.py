@@ -11,6 +11,10 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiohttp import ClientError, StreamReader
+from aiohttp.web import RequestPayloadError
+
+from devmapper.errors import ArchiveError
+from devmapper.server.refusal import broken_body
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -100,6 +104,8 @@ async def next_piece(content: StreamReader, least: int = PIECE) -> bytes:
             found += data
     except ClientError as err:
         raise ConnectionResetError("the client broke the request off") from err
+    except RequestPayloadError as err:
+        raise ArchiveError("", broken_body(err)) from err
     return bytes(found)
 
 
@@ -119,4 +125,5 @@ def _wait_for(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> 
             if future.done():
                 raise  # the work's own
             if loop.is_closed():
+                work.close()  # it may have ended before it began with that
                 raise ConnectionAbortedError("the service ends") from None

@@ -50,6 +50,7 @@ _OPTIONS: Final = (
     ("grpc.server.max_pending_requests", _WAITING_LIMIT),
     ("grpc.server.max_pending_requests_hard_limit", 2 * _WAITING_LIMIT),
 )
+_LOOK_SECONDS: Final = 1.0
 _GONE: Final = Status(grpc.StatusCode.CANCELLED, "the client has gone")
 
 
@@ -63,6 +64,7 @@ class SnapshotsService:
         self._under_way = _UnderWay()
         self._server: grpc.Server | None = None
         self._workers: ThreadPoolExecutor | None = None
+        self._threads: set[threading.Thread] = set()  # gRPC's own
         self._own: tuple[int, int] | None = None
 
     @property
@@ -84,7 +86,7 @@ class SnapshotsService:
         try:
             with sockets.publishing(self._socket) as place:
                 _listen(server, place)
-                server.start()
+                self._threads = _started(server)
         except BaseException:
             server.stop(None)
             workers.shutdown(wait=False)
@@ -99,12 +101,18 @@ class SnapshotsService:
             return
         self._server = self._workers = None
         end = time.monotonic() + seconds
-        server.stop(seconds).wait()
+        self._wait_for(server.stop(seconds))
         # A client that has left does not end its request: gRPC does not wait for those
         if not self._under_way.wait_for_none(max(0.0, end - time.monotonic())):
             log.warning("the %s service: requests under way were broken off", NAME)
         workers.shutdown(wait=False, cancel_futures=True)
         sockets.remove(self._socket, self._own)
+
+    def _wait_for(self, stopped: threading.Event) -> None:
+        """Wait until gRPC has ended, but not for one whose thread has died."""
+        while not stopped.wait(_LOOK_SECONDS):
+            if self._threads and not any(thread.is_alive() for thread in self._threads):
+                return
 
     def _handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         unary = self._unary
@@ -226,6 +234,16 @@ class _UnderWay:
 
 def _abort(context: grpc.ServicerContext, status: Status) -> NoReturn:
     context.abort(status.code, status.text)
+
+
+def _started(server: grpc.Server) -> set[threading.Thread]:
+    """Start it; returns the threads that it stands on, named after the service."""
+    before = set(threading.enumerate())
+    server.start()
+    threads = {each for each in threading.enumerate() if each.daemon} - before
+    for thread in threads:
+        thread.name = f"{NAME}-grpc"
+    return threads
 
 
 def _listen(server: grpc.Server, place: Path) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Final
 
-from devmapper.deviceset.deviceset import DeviceSet
-from devmapper.deviceset.id_maps import container_root, parse_id_map
+from devmapper.deviceset.id_maps import IdMap, canonical, container_root, parse_id_map, show_maps
 from devmapper.deviceset.options import Options, parse_options
+from devmapper.driver import Driver
 from devmapper.errors import UsageError
 from devmapper.graph.calls import Wishes
 
@@ -18,8 +18,9 @@ _REPEATABLE: Final = {"dm.mkfsarg": "mkfs_arguments", "dm.mountopt": "mount_opti
 _HINT: Final = "leave the option away, or change the daemon's and start it again"
 
 
-def check_agrees(devices: DeviceSet, wishes: Wishes) -> None:
+def check_agrees(driver: Driver, wishes: Wishes) -> None:
     """`UsageError` names the first option that differs, or is wrong in itself."""
+    devices = driver.devices
     parse_options(wishes.storage_options)
     engine = devices.engine.features().name
     if wishes.engine not in ("auto", engine):
@@ -28,9 +29,11 @@ def check_agrees(devices: DeviceSet, wishes: Wishes) -> None:
         raise _differs(name, wanted, own)
     if wishes.id_maps:
         maps = [parse_id_map(text) for text in wishes.id_maps]
-        root = container_root(maps, maps)
-        if root != devices.owner:
-            raise _differs("user id of containers' root", root.uid, devices.owner.uid)
+        container_root(maps, maps)  # which checks them
+        for own in (driver.ids.uid_maps, driver.ids.gid_maps):
+            present = [IdMap(*each) for each in own]
+            if canonical(maps) != canonical(present):
+                raise _differs("id-map", show_maps(maps), show_maps(present) if present else None)
 
 
 def _differences(words: Sequence[str], own: Options) -> Iterator[tuple[str, object, object]]:

@@ -131,5 +131,5 @@ def _put(graph: LocalGraph, asked: calls.OneLayer) -> calls.Nothing:
 
 
 def _agree(graph: LocalGraph, asked: calls.Wishes) -> calls.Nothing:
-    check_agrees(graph.driver.devices, asked)
+    check_agrees(graph.driver, asked)
     return calls.Nothing()

@@ -36,6 +36,7 @@ from devmapper.server.http import HttpService
 from devmapper.server.observer import Observer
 from devmapper.server.operations import Operations
 from devmapper.server.overview import look, own_version, to_json
+from devmapper.server.refusal import broken_body
 from devmapper.server.service import STOP_SECONDS
 from devmapper.server.streams import Intake, Outlet
 
@@ -66,7 +67,7 @@ class ControlService(HttpService):
         observer: Observer | None = None,
     ) -> None:
         """With *observer* what others have measured is shared; it is not stopped here then."""
-        super().__init__(NAME, socket, self._application)
+        super().__init__(NAME, socket, self._application, refuse=_refuse)
         self._graph = LocalGraph(driver, snapshots)
         self._operations = operations
         self._observer = observer or Observer(driver, snapshots)
@@ -216,6 +217,8 @@ async def _in_one_form(request: web.Request, handler: Handler) -> web.StreamResp
         return await handler(request)
     except web.HTTPException as err:
         return _reply(err.status, failures.to_json(_worded(request, err)), err.headers)
+    except web.RequestPayloadError as err:
+        return _refuse(HTTPStatus.BAD_REQUEST, broken_body(err))
     except Exception as err:  # noqa: BLE001 - the border of the protocol
         _mention(request.path, err)
         return _reply(status_of(err), failures.to_json(err))
@@ -246,6 +249,10 @@ def _mention(what: str, error: BaseException) -> None:
         log.warning("%s: %s", what, error)
     else:
         log.error("%s failed", what, exc_info=error)
+
+
+def _refuse(status: HTTPStatus, sentence: str) -> web.Response:
+    return _reply(status, failures.to_json(UsageError(sentence)))
 
 
 def _reply(

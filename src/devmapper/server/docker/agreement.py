@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Final
 
 from devmapper.deviceset.deviceset import DM_LOG_LEVEL, DeviceSet
-from devmapper.deviceset.id_maps import container_root
+from devmapper.deviceset.id_maps import IdMap, canonical, container_root, show_maps
 from devmapper.deviceset.options import Options, parse_options
+from devmapper.driver import Driver
 from devmapper.errors import UsageError
 from devmapper.server.docker.wire import InitRequest
 
@@ -42,16 +43,22 @@ FIELDS: Final[Mapping[str, str]] = {
 }
 
 
-def check_agreement(request: InitRequest, devices: DeviceSet) -> None:
+def check_agreement(request: InitRequest, driver: Driver) -> None:
     """`UsageError` for options and maps that are not those of the open graph, or unknown."""
-    _check_options(request.opts, _effective(devices))
-    root = container_root(request.uid_maps, request.gid_maps)
-    if root != devices.owner:
-        raise UsageError(
-            f"the root of Docker's containers is {root.uid}:{root.gid} on the host, but the graph"
-            f" belongs to {devices.owner.uid}:{devices.owner.gid}",
-            hint="give dockerd and the daemon the same id maps: --userns-remap there, id-maps here",
-        )
+    _check_options(request.opts, _effective(driver.devices))
+    container_root(request.uid_maps, request.gid_maps)  # which checks them
+    for kind, asked, own in (
+        ("user", request.uid_maps, driver.ids.uid_maps),
+        ("group", request.gid_maps, driver.ids.gid_maps),
+    ):
+        present = [IdMap(*each) for each in own]
+        if canonical(asked) != canonical(present):
+            raise UsageError(
+                f"Docker maps its containers' {kind} ids with {show_maps(asked)}, but the daemon"
+                f" that holds the graph with {show_maps(present)}",
+                hint="give dockerd and the daemon the same id maps: --userns-remap there,"
+                " id-maps here",
+            )
 
 
 def _check_options(words: Iterable[str], present: Options) -> None:

@@ -45,7 +45,7 @@ class Calls:
 
     def init(self, request: InitRequest) -> Reply:
         """A dockerd begins.  Its home is its own affair: layers live in the daemon's graph."""
-        check_agreement(request, self._driver.devices)
+        check_agreement(request, self._driver)
         log.info("dockerd begins, with home %r; layers are in %s", request.home, self._driver.home)
         begin_again(self._driver.devices, DOCKER)
         return NOTHING

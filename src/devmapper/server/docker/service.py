@@ -27,6 +27,7 @@ from devmapper.server.docker.wire import LayerRequest
 from devmapper.server.docker.wording import is_expected, sentence
 from devmapper.server.http import FOREVER_SECONDS, HttpService
 from devmapper.server.operations import Operations
+from devmapper.server.refusal import broken_body
 from devmapper.server.service import STOP_SECONDS
 from devmapper.server.streams import Intake, Outlet, next_piece
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 NAME: Final = "docker"
 STREAMS: Final = 64  # tars at once; they have threads of their own, for a client may be slow
 _TAR: Final = "application/x-tar"
+_NOT_UNDERSTOOD: Final = (UsageError, web.HTTPException, web.RequestPayloadError)
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -62,7 +64,7 @@ class DockerPlugin(HttpService):
     def __init__(self, driver: Driver, socket: Path, operations: Operations) -> None:
         # Docker takes a connection that we close for a failure, and sends the request again
         # without its body: we close none
-        super().__init__(NAME, socket, self._application, keep_alive=FOREVER_SECONDS)
+        super().__init__(NAME, socket, self._application, keep_alive=FOREVER_SECONDS, refuse=_reply)
         self._driver = driver
         self._operations = operations
         self._calls = Calls(driver)
@@ -126,7 +128,7 @@ class DockerPlugin(HttpService):
                 return _not_acceptable()
             try:
                 asked = decode(await request.read())
-            except (UsageError, web.HTTPException) as err:
+            except _NOT_UNDERSTOOD as err:
                 return _not_understood(err)
             try:
                 with self._operations.measure(NAME, operation):
@@ -156,7 +158,7 @@ class DockerPlugin(HttpService):
                 return _not_acceptable()
             try:
                 asked = wire.decode_layer(await request.read())
-            except (UsageError, web.HTTPException) as err:
+            except _NOT_UNDERSTOOD as err:
                 return _not_understood(err)
             content_type = streamed.content_type or media_type
             response = web.StreamResponse(headers={"Content-Type": content_type})
@@ -232,6 +234,8 @@ def _not_acceptable() -> web.Response:
 def _not_understood(error: Exception) -> web.Response:
     if isinstance(error, web.HTTPException):  # aiohttp's own: the body is too large
         return _reply(error.status, f"the request has more than {wire.MAX_REQUEST} bytes")
+    if isinstance(error, web.RequestPayloadError):
+        return _reply(HTTPStatus.BAD_REQUEST, broken_body(error))
     return _reply(HTTPStatus.BAD_REQUEST, sentence(error))
 
 
