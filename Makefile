@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
+.PHONY: help setup check fmt lint unit test test-kernel test-newer shell-kernel soak demo bench
+.PHONY: bench-layers bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test-kernel: $(STAMP) machines ## the tests of the kernel's device mapper alone,
 
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
 	@$(PY) -m tests.uml
+
+test-newer: $(STAMP) ## newer clients: Docker and containerd of Debian's later suites, ARGS for pytest
+	@$(PY) -m tests.support.debian
+	$(PY) -m pytest -q -m newer tests/newer $(ARGS)
 
 soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs, clients for ten minutes
 	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 $(PY) -m pytest -q -o faulthandler_timeout=0 --timeout 7200 tests/crash tests/unit/t4_metadata.py

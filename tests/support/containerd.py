@@ -21,40 +21,47 @@ from pathlib import Path
 from typing import Any, Final
 
 from devmapper.linux import mount
+from devmapper.server.config import Config
+from devmapper.server.snippets import containerd as snippets
 from tests.support import cgroup
+from tests.support.debian import HERE, Programs, environment
 
 SNAPSHOTTER: Final = "devmapper-serve"
 NAMESPACE: Final = "e2e"
 _SHIM_SOCKETS: Final = Path("/run/containerd/s")
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 60.0
-# What it can do without: CRI wants a network, the others look for tools and modules
+# What it can do without: CRI wants a network, NRI a socket, the others look for tools and modules
 _DISABLED: Final = (
     "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
 )
 _CONFIG: Final = """\
-version = 2
+version = {version}
 root = "{root}"
 state = "{state}"
 disabled_plugins = {disabled}
+imports = ["{snippet}"]
 [grpc]
   address = "{socket}"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{opt}"
-[proxy_plugins.{name}]
-  type = "snapshot"
-  address = "{snapshotter}"
 """
 
 
 class Containerd:
     """One root directory and the containerd that has it, if one is running."""
 
-    def __init__(self, root: Path, run: Path, group: cgroup.Group, snapshotter: Path) -> None:
+    def __init__(
+        self, root: Path, run: Path, group: cgroup.Group, snapshotter: Path, programs: Programs
+    ) -> None:
+        self.programs = programs
         self.log = run / "containerd.log"
         self.socket = run / "c.sock"
         self._run = run
@@ -62,15 +69,19 @@ class Containerd:
         self._process: subprocess.Popen[bytes] | None = None
         self._ran: set[str] = set()
         self._config = run / "config.toml"
+        release = programs.release("containerd")
+        # What `devmapper config containerd` prints is what we tell it
+        ours = snippets.snippet(Config(containerd_socket=snapshotter), release)
+        (run / "ours.toml").write_text(ours.text)
         self._config.write_text(
             _CONFIG.format(
+                version=3 if release.major >= 2 else 2,
                 root=root,
                 state=run / "state",
                 disabled=json.dumps(_DISABLED),
+                snippet=run / "ours.toml",
                 socket=self.socket,
                 opt=root / "opt",
-                name=SNAPSHOTTER,
-                snapshotter=snapshotter,
             )
         )
 
@@ -83,12 +94,12 @@ class Containerd:
         assert self._process is None
         with self.log.open("ab") as log, self._group.entered("daemon"):
             self._process = subprocess.Popen(
-                ["containerd", "--config", str(self._config)],
+                self.programs.argv("containerd", "--config", self._config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self._run,
-                env=_environment(),
+                env=environment(),
             )
         deadline = time.monotonic() + _START_SECONDS
         while self.tried("version")[0] != 0:
@@ -120,11 +131,13 @@ class Containerd:
     def tried(self, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
         """The same where it may fail: status, output, what it complains of."""
         done = subprocess.run(
-            ["ctr", "--address", str(self.socket), "--namespace", NAMESPACE, *map(str, arguments)],
+            self.programs.argv(
+                "ctr", "--address", self.socket, "--namespace", NAMESPACE, *arguments
+            ),
             input=stdin,
             capture_output=True,
             cwd=self._run,
-            env=_environment(),
+            env=environment(),
             timeout=120,
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -155,6 +168,15 @@ class Containerd:
 
     def import_image(self, archive: Path, name: str) -> None:
         self.ctr("images", "import", "--snapshotter", SNAPSHOTTER, "--base-name", name, archive)
+
+    def collect(self) -> None:
+        """Let the garbage collector run, and wait for it.
+
+        By itself it runs after removals, but for those during a run (containerd
+        `plugins/gc/scheduler.go` drops what happened before the run's end): these wait for others.
+        """
+        self.ctr("leases", "create", "--id", "collect")
+        self.ctr("leases", "delete", "--sync", "collect")
 
     def snapshots(self) -> dict[str, tuple[str, str]]:
         """What containerd knows of: parent and kind by key."""
@@ -193,12 +215,15 @@ class Containerd:
 
 
 @contextmanager
-def containerd(folder: Path, snapshotter: Path) -> Iterator[Containerd]:
-    """A containerd below *folder*, not started; at the end nothing of it runs or is mounted."""
+def containerd(folder: Path, snapshotter: Path, programs: Programs = HERE) -> Iterator[Containerd]:
+    """A containerd below *folder*, not started; at the end nothing of it runs or is mounted.
+
+    That of another suite needs *folder* to be shared (`Programs.shared`).
+    """
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-ctd-", dir="/run"))
     try:
-        with cgroup.group(run.name) as group:
-            rig = Containerd(folder / "containerd", run, group, snapshotter)
+        with programs.shared(run), cgroup.group(run.name) as group:
+            rig = Containerd(folder / "containerd", run, group, snapshotter, programs)
             try:
                 yield rig
             except BaseException:
@@ -216,13 +241,8 @@ def containerd(folder: Path, snapshotter: Path) -> Iterator[Containerd]:
 
 def _unmount_below(folder: Path) -> None:
     points = [entry.mount_point for entry in mount.mountinfo()]
-    for point in reversed([point for point in points if point.is_relative_to(folder)]):
+    for point in reversed([point for point in points if folder in point.parents]):
         mount.unmount(point, flags=mount.UmountFlag.DETACH)
-
-
-def _environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C"}
 
 
 def write_oci_archive(
