@@ -16,6 +16,7 @@ packages=(
   dmsetup udev lvm2       # devices made by hand, udevadm and udevd, pools of LVM
   libdevmapper1.02.1      # the library that the kernel engine calls
   docker.io containerd runc # the last dockerd with the devicemapper driver: hand-over in the guest
+  patchelf                # Docker and containerd of later suites find their libraries
   debootstrap zstd        # the demo's root file system; the graphs in tests/data
 )
 # What Docker's and containerd's own suites are compiled from

@@ -119,7 +119,6 @@ class ContainerdSuite:
         """Both run; at the end nothing of them is left, and thin_check has the last word."""
         programs = self.make_programs()
         with (
-            programs.shared(tmp_path),
             served(
                 tmp_path, storage_options=OPTIONS, engine=request.param, containerd=True
             ) as daemon,

@@ -9,7 +9,7 @@ from devmapper.server.snippets import containerd as snippets
 from devmapper.server.snippets.snippet import Release
 from tests.conformance.containerd_suite import IMAGE, LAYERS, ContainerdSuite, assert_same_snapshots
 from tests.support import containerd as rig
-from tests.support.debian import Programs, environment, suite
+from tests.support.debian import Programs, suite
 
 pytestmark = [
     pytest.mark.root,
@@ -56,7 +56,7 @@ def test_what_we_print_is_understood(name, release, tmp_path):
     file.write_text(snippets.snippet(config, release).text)
     done = subprocess.run(
         programs.argv("containerd", "--config", file, "config", "dump"),
-        capture_output=True, text=True, env=environment(), timeout=60,
+        capture_output=True, text=True, env=programs.environment(), timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     dumped = tmp_path / "dumped.toml"

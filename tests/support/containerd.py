@@ -24,7 +24,7 @@ from devmapper.linux import mount
 from devmapper.server.config import Config
 from devmapper.server.snippets import containerd as snippets
 from tests.support import cgroup
-from tests.support.debian import HERE, Programs, environment
+from tests.support.debian import HERE, Programs
 
 SNAPSHOTTER: Final = "devmapper-serve"
 NAMESPACE: Final = "e2e"
@@ -99,7 +99,7 @@ class Containerd:
                 stdout=log,
                 stderr=log,
                 cwd=self._run,
-                env=environment(),
+                env=self.programs.environment(),
             )
         deadline = time.monotonic() + _START_SECONDS
         while self.tried("version")[0] != 0:
@@ -137,7 +137,7 @@ class Containerd:
             input=stdin,
             capture_output=True,
             cwd=self._run,
-            env=environment(),
+            env=self.programs.environment(),
             timeout=120,
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -216,13 +216,10 @@ class Containerd:
 
 @contextmanager
 def containerd(folder: Path, snapshotter: Path, programs: Programs = HERE) -> Iterator[Containerd]:
-    """A containerd below *folder*, not started; at the end nothing of it runs or is mounted.
-
-    That of another suite needs *folder* to be shared (`Programs.shared`).
-    """
+    """A containerd below *folder*, not started; at the end nothing of it runs or is mounted."""
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-ctd-", dir="/run"))
     try:
-        with programs.shared(run), cgroup.group(run.name) as group:
+        with cgroup.group(run.name) as group:
             rig = Containerd(folder / "containerd", run, group, snapshotter, programs)
             try:
                 yield rig
@@ -241,7 +238,7 @@ def containerd(folder: Path, snapshotter: Path, programs: Programs = HERE) -> It
 
 def _unmount_below(folder: Path) -> None:
     points = [entry.mount_point for entry in mount.mountinfo()]
-    for point in reversed([point for point in points if folder in point.parents]):
+    for point in reversed([point for point in points if point.is_relative_to(folder)]):
         mount.unmount(point, flags=mount.UmountFlag.DETACH)
 
 

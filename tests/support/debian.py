@@ -1,32 +1,32 @@
-"""Programs of this machine, or of another suite of Debian, with that suite's /usr and /etc.
+"""Programs of this machine, or of another suite of Debian, each with that suite's libraries.
 
 A suite's packages are fetched by apt, which checks the archive's signature, and are unpacked, not
-installed.  They are kept with what `make demo` keeps: `python -m tests.support.debian` fetches
-both, and removing the directory makes the next run fetch anew.
+installed.  The programs that tests start are told where their libraries are, so that they run as
+any other program of this machine: a container's mounts are everybody's, or Docker would not see
+what a plugin mounts.  All is kept with what `make demo` keeps; `python -m tests.support.debian`
+fetches it, and without the directory the next run fetches anew.
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from tools import demo
 
-from devmapper.linux import mount
 from devmapper.server.snippets.snippet import Release, parse_release
 
 SUITES: Final = ("trixie", "sid")
 _PACKAGES: Final = ("docker.io", "docker-cli", "docker-buildx", "containerd", "runc", "iptables")
 _KEYS: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _MERGED: Final = ("bin", "lib", "lib64", "sbin")  # links to /usr, which no package here has
-_INSIDE: Final = Path(__file__).with_name("debian_inside.py")
-_MS_SHARED: Final = 1 << 20  # linux/mount.h
+_STARTED: Final = (
+    "dockerd", "docker", "docker-init", "docker-proxy",
+    "containerd", "containerd-shim-runc-v2", "ctr", "runc",
+)  # fmt: skip
 _SECONDS: Final = 600.0
 
 
@@ -35,10 +35,17 @@ class Programs(NamedTuple):
 
     root: Path | None = None
 
-    def argv(self, *words: object) -> list[str]:
-        """A command, which keeps its process id; what it mounts stays its own, but in `shared`."""
-        own = [] if self.root is None else inside(self.root)
-        return [*own, *map(str, words)]
+    def argv(self, program: str, *words: object) -> list[str]:
+        """A command of one of them."""
+        name = program if self.root is None else str(self.root / "programs" / program)
+        return [name, *map(str, words)]
+
+    def environment(self) -> dict[str, str]:
+        """For a command: they find each other before those of this machine."""
+        path = [os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]
+        if self.root is not None:
+            path.insert(0, str(self.root / "programs"))
+        return {**os.environ, "PATH": ":".join(path), "LC_ALL": "C"}
 
     def release(self, program: str) -> Release:
         """What `PROGRAM --version` says."""
@@ -49,34 +56,13 @@ class Programs(NamedTuple):
     def version(self, program: str) -> str:
         done = subprocess.run(
             self.argv(program, "--version"),
-            capture_output=True, text=True, env=environment(), timeout=60,
+            capture_output=True, text=True, env=self.environment(), timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[0]
 
-    @contextmanager
-    def shared(self, *folders: Path) -> Iterator[None]:
-        """What is mounted below *folders* is seen by these programs and by others for the duration.
-
-        As it is where all see the same mounts; so there nothing has to be done.
-        """
-        with ExitStack() as stack:
-            for folder in folders if self.root else ():
-                mount.mount(folder, folder, None, flags=mount.MountFlag.BIND)
-                stack.callback(mount.unmount, folder, flags=mount.UmountFlag.DETACH)
-                mount.mount("none", folder, None, flags=_MS_SHARED)
-            yield
-
 
 HERE: Final = Programs()
-
-
-def inside(root: Path) -> list[str]:
-    """The words before a command that is to see the /usr and /etc of *root* in place of ours."""
-    return [
-        "unshare", "--mount", "--propagation", "unchanged",
-        sys.executable, "-I", str(_INSIDE), str(root),
-    ]  # fmt: skip
 
 
 def suite(name: str) -> Programs:
@@ -85,11 +71,6 @@ def suite(name: str) -> Programs:
     if not root.exists():
         _fetch(name, root)
     return Programs(root)
-
-
-def environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C"}
 
 
 def _fetch(name: str, root: Path) -> None:
@@ -119,7 +100,25 @@ def _fetch(name: str, root: Path) -> None:
             _run("dpkg-deb", "--extract", package, tree)
         for part in ("doc", "man", "locale"):
             shutil.rmtree(tree / "usr/share" / part, ignore_errors=True)
+        _place(tree, root)
         tree.rename(root)
+
+
+def _place(tree: Path, root: Path) -> None:
+    """Copies of the programs, which look for loader and libraries where *tree* will be: *root*."""
+    (tree / "programs").mkdir()
+    for name in _STARTED:
+        (found,) = {path.resolve() for path in tree.glob(f"usr/*bin/{name}")}
+        copy = shutil.copy(found, tree / "programs" / name)
+        loader = subprocess.run(
+            ["patchelf", "--print-interpreter", copy], capture_output=True, text=True
+        ).stdout.strip()
+        if loader:  # or it is linked statically
+            libraries = root / "usr/lib" / f"{os.uname().machine}-linux-gnu"
+            _run(
+                "patchelf", "--set-interpreter", f"{root}{loader}",
+                "--force-rpath", "--set-rpath", libraries, copy,
+            )  # fmt: skip
 
 
 def _run(*argv: object) -> None:

@@ -1,4 +1,4 @@
-"""A real dockerd 20.10, on its devicemapper driver or a plugin; its containerd and its shims.
+"""A real dockerd, on its devicemapper driver or a plugin; its containerd and its shims.
 
 All of it runs in a control group of its own, so that killing reaches every process of it and no
 other.  There is no network: nothing of the machine's is touched.
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from devmapper.linux import mount
 from tests.support import cgroup
+from tests.support.debian import HERE, Programs
 
 DEVICEMAPPER: Final = "devicemapper"
 STORAGE_OPTIONS: Final = (
@@ -40,7 +41,10 @@ _STOP_SECONDS: Final = 60.0
 class Dockerd:
     """One data root and the dockerd that has it, if one is running."""
 
-    def __init__(self, data_root: Path, run: Path, group: cgroup.Group, driver: str) -> None:
+    def __init__(
+        self, data_root: Path, run: Path, group: cgroup.Group, driver: str, programs: Programs
+    ) -> None:
+        self.programs = programs
         self.data_root = data_root
         self.driver = driver
         self.home = data_root / "devicemapper"
@@ -72,7 +76,7 @@ class Dockerd:
                         stdout=log,
                         stderr=log,
                         cwd=self._run,
-                        env={**_environment(), "NOTIFY_SOCKET": str(notify)},
+                        env={**self.programs.environment(), "NOTIFY_SOCKET": str(notify)},
                     )
                 self._wait_until_ready(ready)
             finally:
@@ -112,11 +116,11 @@ class Dockerd:
     def docker(self, *arguments: str, stdin: bytes = b"", check: bool = True) -> str:
         """Run Docker's command line; what it printed, without the last newline."""
         done = subprocess.run(
-            ["docker", "--host", f"unix://{self._socket}", *arguments],
+            self.programs.argv("docker", "--host", f"unix://{self._socket}", *arguments),
             input=stdin,
             capture_output=True,
             env={
-                **_environment(),
+                **self.programs.environment(),
                 "DOCKER_CONFIG": str(self._run / "config"),
                 "DOCKER_BUILDKIT": "0",
             },
@@ -129,10 +133,12 @@ class Dockerd:
     def first_line_of(self, container: str) -> str:
         """What a running container prints first, however long that takes to come."""
         following = subprocess.Popen(
-            ["docker", "--host", f"unix://{self._socket}", "logs", "--follow", container],
+            self.programs.argv(
+                "docker", "--host", f"unix://{self._socket}", "logs", "--follow", container
+            ),
             stdout=subprocess.PIPE,
             env={
-                **_environment(),
+                **self.programs.environment(),
                 "DOCKER_CONFIG": str(self._run / "config"),
                 "DOCKER_BUILDKIT": "0",
             },
@@ -181,7 +187,7 @@ class Dockerd:
 
     def _command(self, options: tuple[str, ...]) -> list[str]:
         command = [
-            "dockerd",
+            *self.programs.argv("dockerd"),
             *("--data-root", str(self.data_root)),
             *("--exec-root", str(self._run / "exec")),
             *("--pidfile", str(self._run / "pid")),
@@ -233,7 +239,9 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextmanager
-def data_root(folder: Path, driver: str = DEVICEMAPPER) -> Iterator[Dockerd]:
+def data_root(
+    folder: Path, driver: str = DEVICEMAPPER, programs: Programs = HERE
+) -> Iterator[Dockerd]:
     """A data root below *folder*; at the end nothing of it runs, is mounted or active.
 
     *driver* may be the name of a plugin, whose graph is its own affair.
@@ -242,7 +250,7 @@ def data_root(folder: Path, driver: str = DEVICEMAPPER) -> Iterator[Dockerd]:
     (run / "none.json").write_text("{}")
     try:
         with cgroup.group(run.name) as group:
-            rig = Dockerd(folder / "docker", run, group, driver)
+            rig = Dockerd(folder / "docker", run, group, driver, programs)
             try:
                 yield rig
             finally:
@@ -285,15 +293,10 @@ def remove_devices(home: Path) -> None:
 
 def _dmsetup(*arguments: str) -> list[str]:
     done = subprocess.run(
-        ["dmsetup", *arguments], capture_output=True, text=True, env=_environment(), timeout=60
+        ["dmsetup", *arguments], capture_output=True, text=True, env=HERE.environment(), timeout=60
     )
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if line != "No devices found"]
-
-
-def _environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C"}
 
 
 def busybox_tar(files: "dict[str, bytes] | None" = None) -> bytes:
