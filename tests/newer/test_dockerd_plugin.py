@@ -2,10 +2,16 @@
 
 import pytest
 
-from tests.conformance.dockerd_plugin_suite import DockerdPluginSuite, import_first
+from tests.conformance.dockerd_plugin_suite import (
+    DOCKERFILE,
+    RUN,
+    DockerdPluginSuite,
+    import_first,
+)
 from tests.support import export_tree
 from tests.support.debian import Programs, suite
 from tests.support.docker_plugin import layers_of, mounted_layers
+from tests.support.dockerd import busybox_tar
 
 pytestmark = [
     pytest.mark.root,
@@ -26,6 +32,18 @@ class TestDockerd26(DockerdPluginSuite):
         assert status == 200
         (folder / name).write_bytes(packed)
         return export_tree.of_tar(folder / name)
+
+    def test_build_with_buildkit(self, both, tmp_path):
+        docker = both.docker
+        docker.start()
+        (tmp_path / "Dockerfile").write_bytes(DOCKERFILE)
+        (tmp_path / "root.tar").write_bytes(busybox_tar({"gone": b"soon"}))
+        (tmp_path / "extra").write_text("extra\n")
+        context = str(tmp_path)
+        docker.docker("build", "--network=none", "--tag=built", context, buildkit=True)
+        assert docker.docker(*RUN, "--rm", "built") == "built\nextra"
+        docker.docker("builder", "prune", "--all", "--force")
+        self.assert_all_gone(both)
 
     def test_exported_containers_stay_mounted(self, both, tmp_path):
         """With its own drivers, too (moby issue 48516); its end at least unmounts them."""

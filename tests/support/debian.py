@@ -24,7 +24,7 @@ _PACKAGES: Final = ("docker.io", "docker-cli", "docker-buildx", "containerd", "r
 _KEYS: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _MERGED: Final = ("bin", "lib", "lib64", "sbin")  # links to /usr, which no package here has
 _STARTED: Final = (
-    "dockerd", "docker", "docker-init", "docker-proxy",
+    "dockerd", "docker", "docker-buildx", "docker-init", "docker-proxy",
     "containerd", "containerd-shim-runc-v2", "ctr", "runc",
 )  # fmt: skip
 _SECONDS: Final = 600.0
@@ -108,7 +108,8 @@ def _place(tree: Path, root: Path) -> None:
     """Copies of the programs, which look for loader and libraries where *tree* will be: *root*."""
     (tree / "programs").mkdir()
     for name in _STARTED:
-        (found,) = {path.resolve() for path in tree.glob(f"usr/*bin/{name}")}
+        places = ("*bin", "libexec/docker/cli-plugins")
+        found = next(path for place in places for path in tree.glob(f"usr/{place}/{name}"))
         copy = shutil.copy(found, tree / "programs" / name)
         loader = subprocess.run(
             ["patchelf", "--print-interpreter", copy], capture_output=True, text=True

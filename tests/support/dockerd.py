@@ -42,9 +42,16 @@ class Dockerd:
     """One data root and the dockerd that has it, if one is running."""
 
     def __init__(
-        self, data_root: Path, run: Path, group: cgroup.Group, driver: str, programs: Programs
+        self,
+        data_root: Path,
+        run: Path,
+        group: cgroup.Group,
+        driver: str,
+        programs: Programs,
+        containerd: Path | None,
     ) -> None:
         self.programs = programs
+        self.containerd = containerd
         self.data_root = data_root
         self.driver = driver
         self.home = data_root / "devicemapper"
@@ -113,7 +120,9 @@ class Dockerd:
         assert self._process is None
         self._group.kill()
 
-    def docker(self, *arguments: str, stdin: bytes = b"", check: bool = True) -> str:
+    def docker(
+        self, *arguments: str, stdin: bytes = b"", check: bool = True, buildkit: bool = False
+    ) -> str:
         """Run Docker's command line; what it printed, without the last newline."""
         done = subprocess.run(
             self.programs.argv("docker", "--host", f"unix://{self._socket}", *arguments),
@@ -122,7 +131,7 @@ class Dockerd:
             env={
                 **self.programs.environment(),
                 "DOCKER_CONFIG": str(self._run / "config"),
-                "DOCKER_BUILDKIT": "0",
+                "DOCKER_BUILDKIT": str(int(buildkit)),
             },
             timeout=120,
         )
@@ -193,9 +202,10 @@ class Dockerd:
             *("--pidfile", str(self._run / "pid")),
             *("--host", f"unix://{self._socket}"),
             *("--cgroup-parent", f"/{self._group.path.name}/containers"),
-            *("--config-file", str(self._run / "none.json")),
+            *("--config-file", str(self._run / "daemon.json")),
             *("--storage-driver", self.driver),
-            *([] if self.driver == DEVICEMAPPER else ["--experimental"]),
+            *([] if self.driver == DEVICEMAPPER or self.containerd else ["--experimental"]),
+            *(["--containerd", str(self.containerd)] if self.containerd else []),
             "--bridge=none",
             "--iptables=false",
             "--ip6tables=false",
@@ -240,17 +250,26 @@ class _Connection(http.client.HTTPConnection):
 
 @contextmanager
 def data_root(
-    folder: Path, driver: str = DEVICEMAPPER, programs: Programs = HERE
+    folder: Path,
+    driver: str = DEVICEMAPPER,
+    programs: Programs = HERE,
+    containerd: Path | None = None,
 ) -> Iterator[Dockerd]:
     """A data root below *folder*; at the end nothing of it runs, is mounted or active.
 
-    *driver* may be the name of a plugin, whose graph is its own affair.
+    *driver* may be the name of a plugin, whose graph is its own affair, or, for a Docker that keeps
+    its images in the *containerd* with that socket, the name of a snapshotter there.
     """
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-docker-", dir="/run"))
-    (run / "none.json").write_text("{}")
+    features = {"features": {"containerd-snapshotter": True}} if containerd else {}
+    (run / "daemon.json").write_text(json.dumps(features))
+    if programs.root is not None:
+        (run / "config" / "cli-plugins").mkdir(parents=True)
+        (buildx,) = programs.argv("docker-buildx")
+        (run / "config" / "cli-plugins" / "docker-buildx").symlink_to(buildx)
     try:
         with cgroup.group(run.name) as group:
-            rig = Dockerd(folder / "docker", run, group, driver, programs)
+            rig = Dockerd(folder / "docker", run, group, driver, programs, containerd)
             try:
                 yield rig
             finally:
