@@ -200,6 +200,10 @@ def test_restarts(rigs, tmp_path):
     docker.start()
     docker.docker("start", "c1")
     counts()
+    # These use the container's own mount
+    assert "count" in exported(docker, "c1", tmp_path)
+    assert "A /count" in docker.docker("diff", "c1").splitlines()
+    docker.docker("cp", "c1:/one", str(tmp_path / "one"))
     # containerd's differ mounts the device once more, read-only, and ext4 cannot be both at once
     assert "device or resource busy" in docker.docker("commit", "c1", "saved", check=False)
     docker.docker("stop", "c1")
