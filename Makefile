@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test test-kernel test-systemd shell-kernel soak demo bench
-.PHONY: bench-layers bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
+.PHONY: help setup check fmt lint unit test test-kernel test-systemd test-newer shell-kernel soak
+.PHONY: demo bench bench-layers bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ test-systemd: $(STAMP) ## our unit under a real systemd in a guest, the long cas
 
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
 	@$(PY) -m tests.uml
+
+test-newer: $(STAMP) ## newer clients: Docker and containerd of Debian's later suites, ARGS for pytest
+	@$(PY) -m tests.support.debian
+	$(PY) -m pytest -q -m newer tests/newer $(ARGS)
 
 soak: $(STAMP) ## long runs: thousands of model steps, a hundred SIGKILLs, clients for ten minutes
 	MODEL_STEPS=5000 KILLS=100 SOAK_SECONDS=600 DIFF_EXAMPLES=200 $(PY) -m pytest -q -o faulthandler_timeout=0 --timeout 7200 \

@@ -18,6 +18,7 @@ packages=(
   libdevmapper1.02.1      # the library that the kernel engine calls
   docker.io containerd runc # the last dockerd with the devicemapper driver: hand-over in the guest
   prometheus              # scrapes the daemon, and its promtool tests the alert rules
+  patchelf                # Docker and containerd of later suites find their libraries
   debootstrap zstd        # the demo's root file system; the graphs in tests/data
 )
 # What Docker's and containerd's own suites are compiled from

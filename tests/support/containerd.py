@@ -21,16 +21,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from devmapper.linux import mount
+from devmapper.server.config import Config
+from devmapper.server.snippets import containerd as snippets
 from tests.support import cgroup
+from tests.support.debian import HERE, Programs
 
 SNAPSHOTTER: Final = "devmapper-serve"
 NAMESPACE: Final = "e2e"
 _SHIM_SOCKETS: Final = Path("/run/containerd/s")
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 60.0
-# What it can do without: CRI wants a network, the others look for tools and modules
+# What it can do without: CRI wants a network, NRI a socket, the others look for tools and modules
 _DISABLED: Final = (
     "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
@@ -46,23 +52,19 @@ disabled_plugins = {disabled}
 [plugins."io.containerd.internal.v1.opt"]
   path = "{opt}"
 """
-_TABLES: Final = """\
-version = 2
-[proxy_plugins.{name}]
-  type = "snapshot"
-  address = "{snapshotter}"
-"""
 
 
 class Containerd:
     """One root directory and the containerd that has it, if one is running."""
 
-    def __init__(self, root: Path, run: Path, group: cgroup.Group, snapshotter: Path) -> None:
+    def __init__(
+        self, root: Path, run: Path, group: cgroup.Group, snapshotter: Path, programs: Programs
+    ) -> None:
+        self.programs = programs
         self.root = root
         self.folder = run  # what does not outlive the rig
         self.log = run / "containerd.log"
         self.socket = run / "c.sock"
-        self._ctr = ("ctr", "--address", str(self.socket))
         self.config = run / "config.toml"
         self.namespace = NAMESPACE
         self.control_group = f"/{group.path.name}/containers"
@@ -70,7 +72,9 @@ class Containerd:
         self._group = group
         self._process: subprocess.Popen[bytes] | None = None
         self._ran: set[tuple[str, str]] = set()
-        self.configure(_TABLES.format(name=SNAPSHOTTER, snapshotter=snapshotter))
+        release = programs.release("containerd")
+        # What `devmapper config containerd` prints is what we tell it
+        self.configure(snippets.snippet(Config(containerd_socket=snapshotter), release).text)
 
     def configure(self, tables: str, disabled: Sequence[str] = _DISABLED) -> None:
         """Have its file say this besides what keeps it within the rig."""
@@ -94,12 +98,12 @@ class Containerd:
         assert self._process is None
         with self.log.open("ab") as log, self._group.entered("daemon"):
             self._process = subprocess.Popen(
-                ["containerd", "--config", str(self.config)],
+                self.programs.argv("containerd", "--config", self.config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env=_environment(),
+                env=self.programs.environment(),
             )
         deadline = time.monotonic() + _START_SECONDS
         while self.tried("version")[0] != 0:
@@ -131,11 +135,13 @@ class Containerd:
     def tried(self, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
         """The same where it may fail: status, output, what it complains of."""
         done = subprocess.run(
-            [*self._ctr, "--namespace", self.namespace, *map(str, arguments)],
+            self.programs.argv(
+                "ctr", "--address", self.socket, "--namespace", self.namespace, *arguments
+            ),
             input=stdin,
             capture_output=True,
             cwd=self.folder,
-            env=_environment(),
+            env=self.programs.environment(),
             timeout=120,
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -219,12 +225,12 @@ class Containerd:
 
 
 @contextmanager
-def containerd(folder: Path, snapshotter: Path) -> Iterator[Containerd]:
+def containerd(folder: Path, snapshotter: Path, programs: Programs = HERE) -> Iterator[Containerd]:
     """A containerd below *folder*, not started; at the end nothing of it runs or is mounted."""
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-ctd-", dir="/run"))
     try:
         with cgroup.group(run.name) as group:
-            rig = Containerd(folder / "containerd", run, group, snapshotter)
+            rig = Containerd(folder / "containerd", run, group, snapshotter, programs)
             try:
                 yield rig
             except BaseException:
@@ -244,11 +250,6 @@ def _unmount_below(folder: Path) -> None:
     points = [entry.mount_point for entry in mount.mountinfo()]
     for point in reversed([point for point in points if point.is_relative_to(folder)]):
         mount.unmount(point, flags=mount.UmountFlag.DETACH)
-
-
-def _environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C"}
 
 
 def write_oci_archive(

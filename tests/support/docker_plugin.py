@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from devmapper.linux import mount
 from tests.support import dockerd
 from tests.support.daemon import Daemon, served
+from tests.support.debian import HERE, Programs
 from tests.support.dockerd import Dockerd
 
 PLUGINS: Final = Path("/run/docker/plugins")  # where Docker looks for sockets
@@ -44,7 +45,7 @@ def plugin_socket() -> Iterator[Path]:
 
 @contextmanager
 def docker_on_plugin(
-    folder: Path, engine: str, options: tuple[str, ...] = OPTIONS
+    folder: Path, engine: str, programs: Programs = HERE, options: tuple[str, ...] = OPTIONS
 ) -> Iterator[Both]:
     """Both of them, the daemon started; at the end nothing of either is left."""
     with (
@@ -53,7 +54,7 @@ def docker_on_plugin(
         served(
             folder, storage_options=options, engine=engine, docker_socket=socket, check_log=False
         ) as daemon,
-        dockerd.data_root(folder, socket.stem) as docker,
+        dockerd.data_root(folder, socket.stem, programs) as docker,
     ):
         yield Both(daemon, docker)
 

@@ -1,4 +1,4 @@
-"""A real dockerd 20.10, on its devicemapper driver or a plugin; its containerd and its shims.
+"""A real dockerd, on its devicemapper driver or a plugin; its containerd and its shims.
 
 All of it runs in a control group of its own, so that killing reaches every process of it and no
 other.  There is no network: nothing of the machine's is touched.
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from devmapper.linux import mount
 from tests.support import cgroup
+from tests.support.debian import HERE, Programs
 
 DEVICEMAPPER: Final = "devicemapper"
 STORAGE_OPTIONS: Final = (
@@ -40,7 +41,17 @@ _STOP_SECONDS: Final = 60.0
 class Dockerd:
     """One data root and the dockerd that has it, if one is running."""
 
-    def __init__(self, data_root: Path, run: Path, group: cgroup.Group, driver: str) -> None:
+    def __init__(
+        self,
+        data_root: Path,
+        run: Path,
+        group: cgroup.Group,
+        driver: str,
+        programs: Programs,
+        containerd: Path | None,
+    ) -> None:
+        self.programs = programs
+        self.containerd = containerd
         self.data_root = data_root
         self.driver = driver
         self.home = data_root / "devicemapper"
@@ -72,7 +83,7 @@ class Dockerd:
                         stdout=log,
                         stderr=log,
                         cwd=self._run,
-                        env={**_environment(), "NOTIFY_SOCKET": str(notify)},
+                        env={**self.programs.environment(), "NOTIFY_SOCKET": str(notify)},
                     )
                 self._wait_until_ready(ready)
             finally:
@@ -109,16 +120,18 @@ class Dockerd:
         assert self._process is None
         self._group.kill()
 
-    def docker(self, *arguments: str, stdin: bytes = b"", check: bool = True) -> str:
+    def docker(
+        self, *arguments: str, stdin: bytes = b"", check: bool = True, buildkit: bool = False
+    ) -> str:
         """Run Docker's command line; what it printed, without the last newline."""
         done = subprocess.run(
-            ["docker", "--host", f"unix://{self._socket}", *arguments],
+            self.programs.argv("docker", "--host", f"unix://{self._socket}", *arguments),
             input=stdin,
             capture_output=True,
             env={
-                **_environment(),
+                **self.programs.environment(),
                 "DOCKER_CONFIG": str(self._run / "config"),
-                "DOCKER_BUILDKIT": "0",
+                "DOCKER_BUILDKIT": str(int(buildkit)),
             },
             timeout=120,
         )
@@ -129,10 +142,12 @@ class Dockerd:
     def first_line_of(self, container: str) -> str:
         """What a running container prints first, however long that takes to come."""
         following = subprocess.Popen(
-            ["docker", "--host", f"unix://{self._socket}", "logs", "--follow", container],
+            self.programs.argv(
+                "docker", "--host", f"unix://{self._socket}", "logs", "--follow", container
+            ),
             stdout=subprocess.PIPE,
             env={
-                **_environment(),
+                **self.programs.environment(),
                 "DOCKER_CONFIG": str(self._run / "config"),
                 "DOCKER_BUILDKIT": "0",
             },
@@ -181,15 +196,16 @@ class Dockerd:
 
     def _command(self, options: tuple[str, ...]) -> list[str]:
         command = [
-            "dockerd",
+            *self.programs.argv("dockerd"),
             *("--data-root", str(self.data_root)),
             *("--exec-root", str(self._run / "exec")),
             *("--pidfile", str(self._run / "pid")),
             *("--host", f"unix://{self._socket}"),
             *("--cgroup-parent", f"/{self._group.path.name}/containers"),
-            *("--config-file", str(self._run / "none.json")),
+            *("--config-file", str(self._run / "daemon.json")),
             *("--storage-driver", self.driver),
-            *([] if self.driver == DEVICEMAPPER else ["--experimental"]),
+            *([] if self.driver == DEVICEMAPPER or self.containerd else ["--experimental"]),
+            *(["--containerd", str(self.containerd)] if self.containerd else []),
             "--bridge=none",
             "--iptables=false",
             "--ip6tables=false",
@@ -233,16 +249,27 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextmanager
-def data_root(folder: Path, driver: str = DEVICEMAPPER) -> Iterator[Dockerd]:
+def data_root(
+    folder: Path,
+    driver: str = DEVICEMAPPER,
+    programs: Programs = HERE,
+    containerd: Path | None = None,
+) -> Iterator[Dockerd]:
     """A data root below *folder*; at the end nothing of it runs, is mounted or active.
 
-    *driver* may be the name of a plugin, whose graph is its own affair.
+    *driver* may be the name of a plugin, whose graph is its own affair, or, for a Docker that keeps
+    its images in the *containerd* with that socket, the name of a snapshotter there.
     """
     run = Path(tempfile.mkdtemp(prefix=f"dmt-{os.getpid()}-docker-", dir="/run"))
-    (run / "none.json").write_text("{}")
+    features = {"features": {"containerd-snapshotter": True}} if containerd else {}
+    (run / "daemon.json").write_text(json.dumps(features))
+    if programs.root is not None:
+        (run / "config" / "cli-plugins").mkdir(parents=True)
+        (buildx,) = programs.argv("docker-buildx")
+        (run / "config" / "cli-plugins" / "docker-buildx").symlink_to(buildx)
     try:
         with cgroup.group(run.name) as group:
-            rig = Dockerd(folder / "docker", run, group, driver)
+            rig = Dockerd(folder / "docker", run, group, driver, programs, containerd)
             try:
                 yield rig
             finally:
@@ -285,15 +312,10 @@ def remove_devices(home: Path) -> None:
 
 def _dmsetup(*arguments: str) -> list[str]:
     done = subprocess.run(
-        ["dmsetup", *arguments], capture_output=True, text=True, env=_environment(), timeout=60
+        ["dmsetup", *arguments], capture_output=True, text=True, env=HERE.environment(), timeout=60
     )
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if line != "No devices found"]
-
-
-def _environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C"}
 
 
 def busybox_tar(files: "dict[str, bytes] | None" = None) -> bytes:

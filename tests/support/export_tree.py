@@ -72,9 +72,9 @@ def of_tar(path: Path) -> dict[str, Inode]:
     links: dict[str, list[str]] = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            name = member.name.strip("/")
+            name = _relative(member.name)
             if member.islnk():
-                links.setdefault(member.linkname.strip("/"), []).append(name)
+                links.setdefault(_relative(member.linkname), []).append(name)
                 continue
             content = archive.extractfile(member) if member.isreg() else None
             found[name] = Inode(
@@ -92,3 +92,8 @@ def of_tar(path: Path) -> dict[str, Inode]:
         inode = found[target]._replace(names=tuple(sorted([target, *others])))
         found.update(dict.fromkeys(inode.names, inode))
     return found
+
+
+def _relative(name: str) -> str:
+    """`docker export` says `bin`, `docker cp` `./bin` or `/bin`."""
+    return name.strip("/").removeprefix("./")

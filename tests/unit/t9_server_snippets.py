@@ -50,6 +50,11 @@ def test_containerd_s_tables(tmp_path, release):
     assert containerd.proxies_at(file, CONFIG.containerd_socket) == ["thin.x"]
     assert containerd.proxies_at(file, Path("/run/other.sock")) == []
     assert containerd.cri_snapshotter(file) == "thin.x"
+    transfer = tree["plugins"].get("io.containerd.transfer.v1.local", {"unpack_config": []})
+    assert [each["snapshotter"] for each in transfer["unpack_config"]] == (
+        # Without its own table containerd's default would be refused
+        [] if release == Release(1, 6) else ["overlayfs", "thin.x"]
+    )
 
 
 def test_where_an_older_containerd_lets_a_kubelet_look():

@@ -22,6 +22,7 @@ FILE: Final = Path("/etc/containerd/config.toml")
 NAME: Final = "devmapper-serve"
 LATEST: Final = Release(2, 1)
 _NAME: Final = re.compile(r"[A-Za-z0-9]+(?:[-._][A-Za-z0-9]+)*", re.ASCII)
+_DEFAULT: Final = "overlayfs"  # containerd's choice where nobody names another
 _MAX_NAME: Final = 76  # containerd `pkg/identifiers`
 _BUILT_IN: Final = frozenset(
     {"aufs", "blockfile", "btrfs", "devmapper", "erofs", "native", "overlayfs", "zfs"}
@@ -92,7 +93,13 @@ def _for_cri(release: Release, name: str) -> list[str]:
         f'[plugins."{_CRI[0]}"]',
         f'  snapshotter = "{name}"',
         "",
-        "# Images that the transfer service pulls",
+        "# Where the transfer service unpacks: one that has no table here is refused",
+        *(line for each in (_DEFAULT, name) for line in _unpacking(each)),
+    ]
+
+
+def _unpacking(name: str) -> list[str]:
+    return [
         '[[plugins."io.containerd.transfer.v1.local".unpack_config]]',
         f'  platform = "{_platform()}"',
         f'  snapshotter = "{name}"',
