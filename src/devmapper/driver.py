@@ -32,6 +32,7 @@ from devmapper.linux.blockdev import opened
 if TYPE_CHECKING:
     from devmapper.engine.select import Preference
     from devmapper.layerdiff.changes import Change
+    from devmapper.layerdiff.inode_ranges import InodeSet
 
 log = logging.getLogger(__name__)
 
@@ -263,15 +264,24 @@ class Driver:
 
     def changes(self, id: str, parent: str = "") -> "list[Change]":  # noqa: A002 - the seed's name
         """What differs between a layer and its parent; without one, all that it holds."""
-        with self._trees(id, parent) as (new, old):
-            return self._changes(id, parent, new, old)
+        with self.each_change(id, parent) as found:
+            return list(found)
+
+    @contextmanager
+    def each_change(self, id: str, parent: str = "") -> "Iterator[Iterator[Change]]":  # noqa: A002 - the seed's name
+        """The same one by one, in memory that does not grow with their number.
+
+        The layers are read as the changes are asked for; they stay mounted until the context ends.
+        """
+        with self._compared(id, parent) as (_, found):
+            yield found
 
     def write_diff(self, id: str, parent: str, out: BinaryIO) -> None:  # noqa: A002 - the seed's name
         """Write the changes of a layer as an uncompressed tar."""
         from devmapper.layerdiff.archive import write_diff
 
-        with self._trees(id, parent) as (new, old):
-            write_diff(new, self._changes(id, parent, new, old), out, ids=self.ids)
+        with self._compared(id, parent) as (root, found):
+            write_diff(root, found, out, ids=self.ids)
 
     @contextmanager
     def diff(self, id: str, parent: str = "") -> Iterator[BinaryIO]:  # noqa: A002 - the seed's name
@@ -282,10 +292,11 @@ class Driver:
         """
         from devmapper.layerdiff.archive import write_diff
 
-        with self._trees(id, parent) as (new, old):
-            listed = self._changes(id, parent, new, old)
-            with _written_by(lambda out: write_diff(new, listed, out, ids=self.ids)) as stream:
-                yield stream
+        with (
+            self._compared(id, parent) as (root, found),
+            _written_by(lambda out: write_diff(root, found, out, ids=self.ids)) as stream,
+        ):
+            yield stream
 
     def apply_diff(
         self,
@@ -312,8 +323,8 @@ class Driver:
         """Bytes of the files that a layer has added or modified."""
         from devmapper.layerdiff.changes import diff_size
 
-        with self._trees(id, parent) as (new, old):
-            return diff_size(new, self._changes(id, parent, new, old))
+        with self._compared(id, parent) as (root, found):
+            return diff_size(root, found)
 
     def usage(self, records: Mapping[LayerId, LayerRecord] | None = None) -> list[LayerUsage]:
         """What each layer takes, the base layer too (as "base"), from a copy of pool metadata.
@@ -393,23 +404,32 @@ class Driver:
             with self._tree(parent) as old:
                 yield new, old
 
-    def _changes(self, id: str, parent: str, new: Path, old: Path | None) -> "list[Change]":  # noqa: A002 - the seed's name
-        """The changes between two mounted layers; only changed blocks are looked at if possible."""
-        from devmapper.layerdiff.changes import changes
+    @contextmanager
+    def _compared(self, id: str, parent: str) -> "Iterator[tuple[Path, Iterator[Change]]]":  # noqa: A002 - the seed's name
+        """A layer's mounted files and its changes, which are found as they are asked for."""
+        from devmapper.layerdiff.changes import compared
+
+        with self._trees(id, parent) as (new, old):
+            suspects = None if old is None else self._suspects(id, parent, new, old)
+            with compared(new, old, suspects=suspects) as found:
+                yield new, found
+
+    def _suspects(self, id: str, parent: str, new: Path, old: Path) -> "InodeSet | None":  # noqa: A002 - the seed's name
+        """Inodes that may differ between two mounted layers, from their changed blocks if possible.
+
+        None for all of them.
+        """
         from devmapper.layerdiff.inode_ranges import ByteRange
         from devmapper.layerdiff.unchanged import MountedTree, changed_inodes
 
-        delta = None if old is None else self.devices.delta(id, parent)
-        if old is None or delta is None:
-            return changes(new, old)
-        suspects = changed_inodes(
+        delta = self.devices.delta(id, parent)
+        if delta is None:
+            return None
+        return changed_inodes(
             MountedTree(new, delta.new_device),
             MountedTree(old, delta.old_device),
             (ByteRange(begin, begin + length) for begin, length in delta.changed),
         )
-        if suspects is None:
-            return changes(new, old)
-        return changes(new, old, suspects=suspects)
 
 
 def _engine(choice: "Preference | Engine") -> Engine:

@@ -18,7 +18,7 @@ import pytest
 from devmapper.deviceset import delta
 from devmapper.driver import Driver
 from devmapper.layerdiff import changes as changes_module
-from devmapper.layerdiff import unchanged
+from devmapper.layerdiff import difference, unchanged
 from devmapper.layerdiff.archive import write_diff
 from devmapper.layerdiff.changes import Change, changes
 from devmapper.layerdiff.descent import Cursor
@@ -37,7 +37,7 @@ class Looks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.statuses = 0
         self.sets: list[InodeSet | None] = []
-        status, find = changes_module._status, unchanged.changed_inodes
+        status, find = difference.status_of, unchanged.changed_inodes
 
         def counted(name: str, cursor: Cursor) -> os.stat_result | None:
             self.statuses += 1
@@ -47,7 +47,7 @@ class Looks:
             self.sets.append(find(*args))
             return self.sets[-1]
 
-        monkeypatch.setattr(changes_module, "_status", counted)
+        monkeypatch.setattr(changes_module, "status_of", counted)
         monkeypatch.setattr(unchanged, "changed_inodes", noted)
         monkeypatch.setattr(delta, "FEWEST_INODES", 0)
 

@@ -27,6 +27,7 @@ from devmapper.errors import ArchiveError, DevmapperError, MountFailed, UsageErr
 from devmapper.linux import mount, xfs
 from devmapper.units import MIB, Bytes, ThinId
 from tests.conformance.graphdriver_base import GRAPH, GraphDriverBase, clean_up
+from tests.support.fs_shutdown import shut_down
 
 XFS = ("dm.fs=xfs", "dm.mkfsarg=-K")
 
@@ -236,6 +237,23 @@ class SizesAndMounts(GraphDriverBase):
             driver.create("one")
             driver.get("one")
             driver.put("one")
+
+    @pytest.mark.parametrize("fs", [(), XFS], ids=["ext4", "xfs"])
+    def test_a_file_system_that_has_shut_down_is_let_go(self, home, fs):
+        """An xfs then refuses even to tell what its root is."""
+        with self.opened(home, *fs) as driver:
+            driver.create("one")
+            root = Path(driver.get("one"))
+            (root / "directory").mkdir()
+            shut_down(root, has_log=True)
+            with pytest.raises(OSError, match=r"Input/output error|Read-only file system"):
+                (root / "another").mkdir()
+            driver.put("one")
+            assert "/directory" in [each.path for each in driver.changes("one", "")]
+            shut_down(driver.get("one"), has_log=False)
+            driver.put("one")
+            driver.remove("one")
+            assert not driver.exists("one")
 
     def test_a_read_only_layer(self, home, fs):
         with self.opened(home, *fs) as driver:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import tarfile
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from devmapper.graph.remote import RemoteGraph
 from tests.support.command import Command
 from tests.support.daemon import Daemon, served
 from tests.support.snapshots_client import connected
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -170,10 +170,7 @@ def test_a_reader_that_has_enough_of_a_diff(tmp_path):
 
 
 def await_devices(graph: RemoteGraph, count: int) -> None:
-    deadline = time.monotonic() + ACTIVE_SECONDS
-    while len(graph.engine().devices) != count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(graph.engine().devices) == count)
 
 
 def test_a_command_at_the_daemon_starts_quickly(tmp_path):
@@ -217,11 +214,7 @@ def test_a_daemon_starts_beside_a_command_that_has_the_graph_open(tmp_path):
         importing.stdin.write(tar[:half])
         importing.stdin.flush()
         first = home / "mnt" / "large" / "rootfs" / "first"
-        deadline = time.monotonic() + 60
-        while not (first.exists() and first.stat().st_size == len(content)):
-            assert importing.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: first.exists() and first.stat().st_size == len(content))
         with (
             served(tmp_path, docker=True, on_stop="release", check_log=False) as daemon,
             closing(importing.stdin),

@@ -121,7 +121,7 @@ def test_two_archives_of_a_tree_are_the_same_bytes(tree, tmp_path):
 
 def test_deletions_are_whiteouts(tree, tmp_path):
     out = io.BytesIO()
-    write_diff(tree, [Change("/etc/gone", Kind.DELETE), Change("/etc", Kind.MODIFY)], out)
+    write_diff(tree, [Change("/etc", Kind.MODIFY), Change("/etc/gone", Kind.DELETE)], out)
     out.seek(0)
     with tarfile.open(fileobj=out) as archive:
         members = archive.getmembers()
@@ -136,7 +136,7 @@ def test_hard_links_are_kept_within_the_changes(tree):
     with tarfile.open(fileobj=out) as archive:
         assert archive.getmembers()[0].isreg()
     out = io.BytesIO()
-    write_diff(tree, [Change("/etc/passwd", Kind.ADD), Change("/etc/a-link", Kind.ADD)], out)
+    write_diff(tree, [Change("/etc/a-link", Kind.ADD), Change("/etc/passwd", Kind.ADD)], out)
     out.seek(0)
     with tarfile.open(fileobj=out) as archive:
         assert [(m.name, m.islnk(), m.linkname) for m in archive] == [

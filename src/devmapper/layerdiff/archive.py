@@ -1,7 +1,8 @@
 """Changes of a layer as a tar stream, as Docker writes them.
 
 Nothing is locked: a file that changes while it is read yields an archive that is whole all the
-same.  Memory does not grow with the content of files.
+same.  Memory does not grow with the content of files nor with their number: only the names of files
+that have several are kept.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import BinaryIO, Final
 from devmapper.errors import ArchiveError
 from devmapper.layerdiff import tarformat
 from devmapper.layerdiff.attributes import describe
-from devmapper.layerdiff.changes import Change, Kind, changes, sort_key
+from devmapper.layerdiff.changes import Change, Kind, compared
 from devmapper.layerdiff.descent import Cursor, open_unseen
 from devmapper.layerdiff.ids import IDENTITY, OVERFLOW_ID, Ids
 from devmapper.layerdiff.sparse import data_ranges
@@ -25,19 +26,22 @@ log = logging.getLogger(__name__)
 WHITEOUT: Final = ".wh."
 
 _CHUNK: Final = 1 << 20
-_ZEROS: Final = bytes(_CHUNK)
+_SMALL_CHUNK: Final = 1 << 16  # most layers need no more, and fresh memory costs time
+_ZEROS: Final = bytes(_SMALL_CHUNK)
 
 
 def write_tree(root: Path, out: BinaryIO) -> None:
     """Write all of *root*: the difference to an empty tree."""
-    write_diff(root, changes(root, None), out)
+    with compared(root, None) as found:
+        write_diff(root, found, out)
 
 
 def write_diff(
     root: Path, changes: Iterable[Change], out: BinaryIO, *, ids: Ids = IDENTITY
 ) -> None:
-    """Write *changes* of the tree *root* as an uncompressed tar stream, in the order of paths.
+    """Write *changes* of the tree *root*, as they come, as an uncompressed tar stream.
 
+    They are in the order of paths, as `compared` yields them.
     It holds the container's ids.  An owner that no map of *ids* has becomes 65534, with a warning
     for the first one (moby leaves such a file out).
 
@@ -47,7 +51,7 @@ def write_diff(
     """
     with Cursor(root) as cursor:
         writer = _DiffWriter(cursor, out, ids)
-        for change in sorted(changes, key=sort_key):
+        for change in changes:
             writer.add(change)
         writer.finish()
 
@@ -58,7 +62,7 @@ class _DiffWriter:
         self._out = out
         self._ids = ids
         self._has_warned = False  # of ids
-        self._buffer = bytearray(_CHUNK)
+        self._buffer = bytearray(_SMALL_CHUNK)
         self._names: dict[tuple[int, int], str] = {}  # of files with several, where first written
 
     def add(self, change: Change) -> None:
@@ -140,9 +144,11 @@ class _DiffWriter:
 
     def _copy(self, fd: int, start: int, end: int) -> int:
         """Write the bytes from *start* to *end*; returns where they ended."""
+        if end - start > len(self._buffer) == _SMALL_CHUNK:
+            self._buffer = bytearray(_CHUNK)
         view = memoryview(self._buffer)
         while start < end:
-            count = os.preadv(fd, [view[: min(end - start, _CHUNK)]], start)
+            count = os.preadv(fd, [view[: end - start]], start)
             if not count:
                 break
             self._write(view[:count])
@@ -152,7 +158,7 @@ class _DiffWriter:
     def _write_zeros(self, count: int) -> None:
         view = memoryview(_ZEROS)
         while count > 0:
-            length = min(count, _CHUNK)
+            length = min(count, len(view))
             self._write(view[:length])
             count -= length
 

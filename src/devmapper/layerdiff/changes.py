@@ -1,31 +1,27 @@
-"""What differs between two directory trees, with the rules of Docker's `pkg/archive`.
+"""What differs between two directory trees, told one by one in Docker's order.
 
-Deliberately stronger than Docker where it overlooks a difference: see docs/internals/layer-diff.md.
 What is known to be unchanged is not looked at (`unchanged.changed_inodes`): the walk then lists the
-directories of the new tree, and asks of the rest no more than where it was changed.
+directories of the new tree, and asks of the rest no more than where it was changed.  Memory is that
+of the directories above the place where the walk is, whatever else the trees hold.
 Neither tree is written to; nothing is locked, so the caller keeps them still.
 """
 
+import logging
 import os
 import stat
-from collections.abc import Container, Iterable
-from contextlib import ExitStack
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
+from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
-from devmapper.layerdiff.attributes import read_xattrs
 from devmapper.layerdiff.descent import Cursor
+from devmapper.layerdiff.difference import differs, status_of
 
-_SECOND: Final = 1_000_000_000
+log = logging.getLogger(__name__)
 
-
-class _All(Container[int]):
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
-_ALL: Final = _All()
+_MOST_KNOWN: Final = 1 << 14  # directories; some 4 MiB
 
 
 class Kind(IntEnum):
@@ -47,35 +43,57 @@ class Change(NamedTuple):
         return self.path[1:].split("/")
 
 
-def sort_key(change: Change) -> bytes:
-    """Docker's order: by the bytes of the path, so that a directory precedes what is in it."""
-    return os.fsencode(change.path)
+@contextmanager
+def compared(
+    new_root: Path, old_root: Path | None, *, suspects: Container[int] | None = None
+) -> Iterator[Iterator[Change]]:
+    """The changes that lead from *old_root* (None: an empty tree) to *new_root*, one by one.
 
+    They come in Docker's order, by the bytes of their paths, so that a directory precedes what is
+    in it.  A directory in which something changed is modified itself, a deleted directory is one
+    change, an added one comes with all that it holds.  The root itself is never among them.
 
-def changes(
-    new_root: Path, old_root: Path | None, *, suspects: Container[int] = _ALL
-) -> list[Change]:
-    """The changes that lead from *old_root* (None: an empty tree) to *new_root*, sorted.
+    *suspects* are the inode numbers that may mean something else in each tree, None for all.  What
+    has any other number in both is the same; a directory has the same names for the same inodes.
 
-    A directory in which something changed is listed as modified, a deleted directory is one entry,
-    an added one is listed with all that it holds.  The root itself is never listed.
-
-    *suspects* are the inode numbers that may mean something else in each tree; what has any other
-    number in both is the same, and a directory has the same names for the same inodes.
+    The trees are read as the changes are asked for, and not after the context has ended.
     """
     with ExitStack() as stack:
         new = stack.enter_context(Cursor(new_root))
         old = stack.enter_context(Cursor(old_root)) if old_root is not None else None
-        found = _Comparison(new, old, suspects).run()
-    found.sort(key=sort_key)
-    return found
+        yield _Walk(_Trees(new, old, suspects)).run()
 
 
-class _Subdirectory(NamedTuple):
-    name: str
-    in_both: bool
-    listed: bool
-    same: bool  # the same names for the same inodes in both
+def changes(
+    new_root: Path, old_root: Path | None, *, suspects: Container[int] | None = None
+) -> list[Change]:
+    """All that `compared` yields."""
+    with compared(new_root, old_root, suspects=suspects) as found:
+        return list(found)
+
+
+class _Directory:
+    """A directory of the new tree that is yet to be entered."""
+
+    __slots__ = ("depth", "in_both", "is_clean", "is_entered", "name", "same")
+
+    def __init__(self, name: str, depth: int, *, in_both: bool, same: bool) -> None:
+        self.name = name
+        self.depth = depth  # how many there are above it
+        self.in_both = in_both
+        self.same = same  # the same names for the same inodes in both
+        self.is_entered = False
+        self.is_clean = False  # nothing in it or below has changed
+
+
+# What there is to do about a name in a directory: tell a change, or, where the name ends with a
+# slash, enter a directory.  By the bytes of these names, all steps are in the order of paths.
+# A directory alone is one whose change depends on what is below it, and stands where it is to be
+# told: names such as "lib-old" and all that is in them come between "lib" and "lib/".
+_Step = tuple[str, "Kind | _Directory"]
+
+# The inodes of a directory in the new tree and of the one in the old tree that it is compared with
+_Place = tuple[tuple[int, int], tuple[int, int] | None]
 
 
 class _Verdict(NamedTuple):
@@ -86,48 +104,81 @@ class _Verdict(NamedTuple):
     vanished: bool = False
 
 
-class _Level(NamedTuple):
-    """A directory that is being compared."""
+class _Trees:
+    """A place in both trees.  The cursor of the old tree follows only to where it is needed."""
 
-    subdirectories: list[_Subdirectory]
-    listed: bool
-    found_before: int
-
-
-class _Comparison:
-    """One walk.  The cursor of the old tree follows only to where it is needed."""
-
-    def __init__(self, new: Cursor, old: Cursor | None, suspects: Container[int]) -> None:
+    def __init__(self, new: Cursor, old: Cursor | None, suspects: Container[int] | None) -> None:
         self._new = new
         self._old = old
         self._suspects = suspects
-        self._found: list[Change] = []
 
-    def run(self) -> list[Change]:
+    @property
+    def parts(self) -> list[str]:
+        return self._new.parts
+
+    def root(self) -> _Directory:
         same = self._old is not None and self._is_same(self._new.inode, self._old.inode)
-        levels = [
-            self._compare_here(_Subdirectory("", self._old is not None, listed=True, same=same))
-        ]
-        while levels:
-            if levels[-1].subdirectories:
-                below = levels[-1].subdirectories.pop()
-                self._new.enter(below.name)
-                levels.append(self._compare_here(below))
-                continue
-            level = levels.pop()
-            if levels:
-                self._leave(level)
-        return self._found
+        return _Directory("", -1, in_both=self._old is not None, same=same)
 
-    def _is_same(self, new: int, old: int) -> bool:
-        return new == old and new not in self._suspects
+    def place(self, here: _Directory) -> _Place:
+        old = self._old_of(here)
+        return self._new.identity, None if old is None else old.identity
 
-    def _leave(self, level: _Level) -> None:
-        if not level.listed and len(self._found) > level.found_before:
-            self._found.append(Change("/" + "/".join(self._new.parts), Kind.MODIFY))
+    @contextmanager
+    def aside(self, parts: list[str]) -> Iterator[Self]:
+        """The same trees at another place, above this one; this one stays."""
+        with ExitStack() as stack:
+            new = stack.enter_context(self._new.twin())
+            new.move_to(parts)
+            old = stack.enter_context(self._old.twin()) if self._old is not None else None
+            if old is not None:
+                old.move_to(parts[: len(old.parts)])
+            yield type(self)(new, old, self._suspects)
+
+    def enter(self, below: _Directory) -> bool:
+        """False if the directory has gone since it was listed."""
+        try:
+            self._new.enter(below.name)
+        except OSError as err:
+            if err.errno not in (ENOENT, ENOTDIR, ELOOP):
+                raise
+            path = "/".join([*self._new.parts, below.name])
+            log.warning("%r has vanished while the layer was read; it is left out", path)
+            return False
+        return True
+
+    def leave(self) -> None:
         if self._old is not None and len(self._old.parts) == len(self._new.parts):
             self._old.leave()
         self._new.leave()
+
+    def compare(self, here: _Directory) -> list[_Step]:
+        """What there is to do in this directory, in no order."""
+        old = self._old_of(here)
+        before = {} if old is None else {entry.name: entry.inode() for entry in old.entries()}
+        depth = len(self._new.parts)
+        steps: list[_Step] = []
+        for entry in self._new.entries():
+            was = entry.inode() if here.same else before.pop(entry.name, None)
+            same = was is not None and self._is_same(entry.inode(), was)
+            verdict = _SAME
+            if not same:
+                verdict = _ADDED if was is None else self._compare(entry.name)
+            if verdict.kind is not None:
+                steps.append((entry.name, verdict.kind))
+            if not verdict.vanished and entry.is_dir(follow_symlinks=False):
+                below = _Directory(entry.name, depth, in_both=verdict.in_both, same=same)
+                steps.append((entry.name + "/", below))
+                if verdict.kind is None:
+                    steps.append((entry.name, below))
+        steps.extend((name, Kind.DELETE) for name in before)
+        return steps
+
+    def _is_same(self, new: int, old: int) -> bool:
+        return self._suspects is not None and new == old and new not in self._suspects
+
+    def _old_of(self, here: _Directory) -> Cursor | None:
+        return self._old_here() if here.in_both and not here.same else None
 
     def _old_here(self) -> Cursor | None:
         """The old tree's cursor at the place of the new one; None if there is no such place."""
@@ -140,77 +191,133 @@ class _Comparison:
             return None  # made in the new tree while we walk: it was the same a moment ago
         return self._old
 
-    def _compare_here(self, here: _Subdirectory) -> _Level:
-        found_before = len(self._found)
-        prefix = "".join(f"/{part}" for part in self._new.parts) + "/"
-        old = self._old_here() if here.in_both and not here.same else None
-        before = {} if old is None else {entry.name: entry.inode() for entry in old.entries()}
-        subdirectories = []
-        for entry in self._new.entries():
-            was = entry.inode() if here.same else before.pop(entry.name, None)
-            same = was is not None and self._is_same(entry.inode(), was)
-            if was is None:
-                verdict = _Verdict(Kind.ADD)
-            else:
-                verdict = _Verdict(in_both=True) if same else self._compare(entry.name)
-            if verdict.kind is not None:
-                self._found.append(Change(prefix + entry.name, verdict.kind))
-            if not verdict.vanished and entry.is_dir(follow_symlinks=False):
-                listed = verdict.kind is not None
-                below = _Subdirectory(entry.name, verdict.in_both, listed, same)
-                subdirectories.append(below)
-        self._found.extend(Change(prefix + name, Kind.DELETE) for name in before)
-        return _Level(subdirectories, here.listed, found_before)
-
     def _compare(self, name: str) -> _Verdict:
         """What happened to *name*, which was listed here and may be in both trees."""
         cursor = self._old_here()
-        old = None if cursor is None else _status(name, cursor)
-        new = _status(name, self._new)
+        old = None if cursor is None else status_of(name, cursor)
+        new = status_of(name, self._new)
         if new is None:
             return _Verdict(None if old is None else Kind.DELETE, vanished=True)
         if cursor is None or old is None:
-            return _Verdict(Kind.ADD)
+            return _ADDED
         both = stat.S_ISDIR(new.st_mode) and stat.S_ISDIR(old.st_mode)
-        differs = self._differs(name, new, old, cursor)
-        return _Verdict(Kind.MODIFY if differs else None, in_both=both)
+        modified = differs(name, new, old, new_in=self._new, old_in=cursor)
+        return _Verdict(Kind.MODIFY if modified else None, in_both=both)
 
-    def _differs(self, name: str, new: os.stat_result, old: os.stat_result, cursor: Cursor) -> bool:
-        if _status_differs(new, old):
-            return True
-        if stat.S_ISLNK(new.st_mode):
-            target = os.readlink(name, dir_fd=self._new.fd)
-            if target != os.readlink(name, dir_fd=cursor.fd):
+
+_ADDED: Final = _Verdict(Kind.ADD)
+_SAME: Final = _Verdict(in_both=True)
+
+
+class _Walk:
+    """One walk through two trees, in the order of paths."""
+
+    def __init__(self, trees: _Trees) -> None:
+        self._trees = trees
+        self._undecided: list[_Directory] = []  # passed, and modified if anything below is
+        self._known: dict[_Place, bool] = {}  # what searches found: is anything in it a change?
+
+    def run(self) -> Iterator[Change]:
+        root = self._trees.root()
+        levels = [(self._steps(root), root)]
+        prefix = "/"
+        while levels:
+            steps, here = levels[-1]
+            if not steps:
+                levels.pop()
+                if levels:
+                    self._pass_over(here)
+                    self._trees.leave()
+                    prefix = self._prefix()
+                continue
+            name, what = steps.pop()
+            if isinstance(what, Kind):
+                yield from self._decide()
+                yield Change(prefix + name, what)
+            elif not name.endswith("/"):
+                self._undecided.append(what)
+            elif not what.is_clean and self._enter(what):
+                levels.append((self._steps(what), what))
+                prefix = self._prefix()
+
+    def _prefix(self) -> str:
+        return "".join(f"/{part}" for part in self._trees.parts) + "/"
+
+    def _enter(self, below: _Directory) -> bool:
+        below.is_entered = self._trees.enter(below)
+        if not below.is_entered:
+            self._pass_over(below)
+        return below.is_entered
+
+    def _pass_over(self, directory: _Directory) -> None:
+        """It is left, and without a change in it that would have decided on it."""
+        if self._undecided and self._undecided[-1] is directory:
+            self._undecided.pop()
+
+    def _steps(self, here: _Directory) -> list[_Step]:
+        """What there is to do in the directory that was entered, the last first."""
+        if self._known and self._known.get(self._trees.place(here)) is False:
+            return []
+        steps = self._trees.compare(here)
+        steps.sort(key=_bytes_of_name, reverse=True)
+        return steps
+
+    def _decide(self) -> Iterator[Change]:
+        """Before a change is told: directories that were passed, if they are modified.
+
+        Those that are above it are.  Of the others, which come before it all the same, nothing is
+        known yet: they are searched.
+        """
+        undecided, self._undecided = self._undecided, []
+        for directory in undecided:
+            if directory.is_entered or self._is_modified(directory):
+                above = self._trees.parts[: directory.depth]
+                yield Change("/" + "/".join([*above, directory.name]), Kind.MODIFY)
+            else:
+                directory.is_clean = True
+
+    def _is_modified(self, directory: _Directory) -> bool:
+        """Whether there is any change in *directory*, which is beside one of those above."""
+        with self._trees.aside(self._trees.parts[: directory.depth]) as trees:
+            return self._search(trees, directory)
+
+    def _search(self, trees: _Trees, top: _Directory) -> bool:
+        """Look for any change below *top*, and remember of each directory whether there is one.
+
+        So no directory is searched twice, and none is walked where a search found nothing, as long
+        as those that are remembered are not too many.
+        """
+        pending = [[top]]  # directories to enter, by levels
+        way: list[_Place] = []  # of those that were entered and not left
+        while pending:
+            if not pending[-1]:
+                pending.pop()
+                if way:
+                    self._remember(way.pop(), is_modified=False)
+                    trees.leave()
+                continue
+            here = pending[-1].pop()
+            if not trees.enter(here):
+                continue
+            way.append(trees.place(here))
+            known = self._known.get(way[-1])
+            steps = trees.compare(here) if known is None else []
+            if known or any(isinstance(what, Kind) for _, what in steps):
+                for place in way:
+                    self._remember(place, is_modified=True)
                 return True
-        return read_xattrs(name, dir_fd=self._new.fd) != read_xattrs(name, dir_fd=cursor.fd)
-
-
-def _status(name: str, cursor: Cursor) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=cursor.fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def _status_differs(new: os.stat_result, old: os.stat_result) -> bool:
-    if (new.st_mode, new.st_uid, new.st_gid, new.st_rdev) != (
-        old.st_mode,
-        old.st_uid,
-        old.st_gid,
-        old.st_rdev,
-    ):
-        return True
-    if stat.S_ISDIR(new.st_mode):
+            below = [(name, what) for name, what in steps if isinstance(what, _Directory)]
+            pending.append([what for name, what in below if name.endswith("/")])
         return False
-    return new.st_size != old.st_size or not _same_time(new.st_mtime_ns, old.st_mtime_ns)
+
+    def _remember(self, place: _Place, *, is_modified: bool) -> None:
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[place] = is_modified
 
 
-def _same_time(one: int, other: int) -> bool:
-    """Equal, or equal to the second where one side came through an archive without fractions."""
-    if one == other:
-        return True
-    same_second = one // _SECOND == other // _SECOND
-    return same_second and (one % _SECOND == 0 or other % _SECOND == 0)
+def _bytes_of_name(step: _Step) -> bytes:
+    return os.fsencode(step[0])
 
 
 def diff_size(root: Path, changes: Iterable[Change]) -> int:

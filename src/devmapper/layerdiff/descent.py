@@ -5,7 +5,7 @@ Paths are not used below the root, so neither PATH_MAX nor the limit of open fil
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from errno import ESTALE
 from pathlib import Path
 from typing import Final, Self
@@ -54,8 +54,20 @@ class Cursor:
         self.fd = fd
 
     @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the directory."""
+        return self._identities[-1]
+
+    @property
     def inode(self) -> int:
         return self._identities[-1][1]
+
+    def twin(self) -> "Cursor":
+        """Another cursor at the same place, which moves for itself."""
+        twin = Cursor(".", dir_fd=self.fd)
+        twin.parts = list(self.parts)
+        twin._identities = list(self._identities)
+        return twin
 
     def enter(self, name: str) -> None:
         self._step(name)
@@ -82,10 +94,13 @@ class Cursor:
         for name in parts[common:]:
             self.enter(name)
 
-    def entries(self) -> list[os.DirEntry[str]]:
-        """Names, inode numbers and mostly kinds of what is here, without a stat of each."""
+    def entries(self) -> Iterator[os.DirEntry[str]]:
+        """Names, inode numbers and mostly kinds of what is here, without a stat of each.
+
+        The cursor is not to be moved meanwhile.
+        """
         with os.scandir(self.fd) as entries:
-            return list(entries)
+            yield from entries
 
     def scan(self) -> list[tuple[str, os.stat_result]]:
         """Names and lstat of what is here; names that vanish meanwhile are left out."""

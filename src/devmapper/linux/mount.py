@@ -127,14 +127,17 @@ def is_mount_root(path: Path) -> bool:
 def is_mount_of(path: Path, device: DeviceNumber) -> bool:
     """Whether the root of the file system on *device* is mounted on *path*, by asking *path*.
 
-    Not for btrfs, whose files show a device number of their own.
+    Not for btrfs, whose files show a device number of their own.  False also where the file system
+    does not answer, as an xfs that has shut itself down: the table of mounts knows it all the same.
     """
     try:
         found = path.lstat()
-    except FileNotFoundError:
-        return False
-    same = DeviceNumber(os.major(found.st_dev), os.minor(found.st_dev)) == device
-    return same and is_mount_root(path)
+        same = DeviceNumber(os.major(found.st_dev), os.minor(found.st_dev)) == device
+        return same and is_mount_root(path)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.EIO):
+            return False
+        raise
 
 
 def mounts_of(device: DeviceNumber) -> list[MountEntry]:

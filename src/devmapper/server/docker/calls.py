@@ -17,7 +17,7 @@ from devmapper.engine.runtime import runtime_base
 from devmapper.errors import LayerNotFound, LayerNotMounted
 from devmapper.server.docker.agreement import check_agreement
 from devmapper.server.docker.transfers import Transfers
-from devmapper.server.docker.wire import InitRequest, LayerRequest
+from devmapper.server.docker.wire import InitRequest, LayerRequest, encode
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,15 @@ class Calls:
     def get_metadata(self, request: LayerRequest) -> Reply:
         return {"Metadata": self._driver.get_metadata(self._must_exist(request.id))}
 
-    def changes(self, request: LayerRequest) -> Reply:
-        found = self._driver.changes(*self._pair(request))
-        return {"Changes": [{"Path": path, "Kind": kind} for path, kind in found]}
+    def changes(self, request: LayerRequest, out: BinaryIO) -> None:
+        """Write the reply as the changes are found; before an error it is not a whole one."""
+        with self._driver.each_change(*self._pair(request)) as found:
+            out.write(b'{"Changes": [')
+            comma = b""
+            for path, kind in found:
+                out.write(comma + encode({"Path": path, "Kind": kind}))
+                comma = b", "
+            out.write(b"]}")
 
     def diff_size(self, request: LayerRequest) -> Reply:
         return {"Size": self._driver.diff_size(*self._pair(request))}

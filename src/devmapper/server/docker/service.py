@@ -2,7 +2,8 @@
 
 A reply is 200 where the request was understood, with what went wrong in `Err`: so Docker shows it
 as it is.  Other statuses are for requests that were not understood (4xx), for Diff, whose body is
-not JSON, and for defects (500); their bodies have an `Err` as well.
+not JSON, and for defects (500); their bodies have an `Err` as well.  Diff and Changes are sent
+while they are made: an error amid them is a reply without its end.
 """
 
 import asyncio
@@ -49,6 +50,14 @@ class _Endpoint(NamedTuple):
     only_looks: bool = False  # at a small file at most: not worth a change of threads
 
 
+class _Streamed(NamedTuple):
+    """A request about a layer whose reply is sent while it is made."""
+
+    call: Callable[[LayerRequest, BinaryIO], None]
+    content_type: str = ""  # "": that of the other replies
+    status_of_failure: HTTPStatus = HTTPStatus.OK
+
+
 class DockerPlugin(HttpService):
     """`Service`: the graph as a storage driver of Docker."""
 
@@ -78,7 +87,8 @@ class DockerPlugin(HttpService):
         made = web.Application(client_max_size=wire.MAX_REQUEST)
         for name, endpoint in self._endpoints().items():
             made.router.add_post(f"/{name}", self._handler(name, endpoint))
-        made.router.add_post("/GraphDriver.Diff", self._diff)
+        for name, streamed in self._streamed().items():
+            made.router.add_post(f"/{name}", self._stream_handler(name, streamed))
         made.router.add_post("/GraphDriver.ApplyDiff", self._apply_diff)
         made.router.add_route("*", "/{other:.*}", self._other)
         return made
@@ -98,8 +108,14 @@ class DockerPlugin(HttpService):
             "GraphDriver.Status": _Endpoint(nothing, calls.status),
             "GraphDriver.GetMetadata": _Endpoint(layer, calls.get_metadata, only_looks=True),
             "GraphDriver.Cleanup": _Endpoint(nothing, calls.cleanup),
-            "GraphDriver.Changes": _Endpoint(layer, calls.changes),
             "GraphDriver.DiffSize": _Endpoint(layer, calls.diff_size),
+        }
+
+    def _streamed(self) -> dict[str, _Streamed]:
+        failed = HTTPStatus.INTERNAL_SERVER_ERROR  # no JSON that could have an `Err`
+        return {
+            "GraphDriver.Changes": _Streamed(self._calls.changes),
+            "GraphDriver.Diff": _Streamed(self._calls.diff, _TAR, failed),
         }
 
     def _handler(self, name: str, endpoint: _Endpoint) -> Handler:
@@ -126,33 +142,45 @@ class DockerPlugin(HttpService):
     async def _other(self, request: web.Request) -> web.Response:
         """What no endpoint has: another method, or another path."""
         name = request.path[1:]
-        known = {*self._endpoints(), "GraphDriver.Diff", "GraphDriver.ApplyDiff"}
+        known = {*self._endpoints(), *self._streamed(), "GraphDriver.ApplyDiff"}
         if name in known:
             return _reply(
                 HTTPStatus.METHOD_NOT_ALLOWED, f"{name} takes POST, not {request.method[:20]}"
             )
         return _reply(HTTPStatus.NOT_FOUND, f"there is no endpoint {request.path[:100]!r}")
 
-    async def _diff(self, request: web.Request) -> web.StreamResponse:
-        if _media_type(request) is None:
-            return _not_acceptable()
-        try:
-            asked = wire.decode_layer(await request.read())
-        except _NOT_UNDERSTOOD as err:
-            return _not_understood(err)
-        response = web.StreamResponse(headers={"Content-Type": _TAR})
-        try:
-            with self._operations.measure(NAME, "Diff"):
-                return await self._send_tar(request, asked, response)
-        except Exception as err:  # noqa: BLE001 - the border of the protocol
-            if not response.prepared:
-                return _failed("Diff", err, HTTPStatus.INTERNAL_SERVER_ERROR)
-            # The tar must not look whole: no last chunk follows
-            _break_off(request, err)
-            return response
+    def _stream_handler(self, name: str, streamed: _Streamed) -> Handler:
+        operation = name.partition(".")[2]
 
-    async def _send_tar(
-        self, request: web.Request, asked: LayerRequest, response: web.StreamResponse
+        async def handle(request: web.Request) -> web.StreamResponse:
+            media_type = _media_type(request)
+            if media_type is None:
+                return _not_acceptable()
+            try:
+                asked = wire.decode_layer(await request.read())
+            except _NOT_UNDERSTOOD as err:
+                return _not_understood(err)
+            content_type = streamed.content_type or media_type
+            response = web.StreamResponse(headers={"Content-Type": content_type})
+            try:
+                with self._operations.measure(NAME, operation):
+                    return await self._send(
+                        request, response, lambda out: streamed.call(asked, out)
+                    )
+            except Exception as err:  # noqa: BLE001 - the border of the protocol
+                if not response.prepared:
+                    return _failed(operation, err, streamed.status_of_failure)
+                # The reply must not look whole: no last chunk follows
+                _break_off(request, operation, err)
+                return response
+
+        return handle
+
+    async def _send(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        write: Callable[[BinaryIO], None],
     ) -> web.StreamResponse:
         async def send(piece: bytes) -> None:
             if not response.prepared:
@@ -161,11 +189,13 @@ class DockerPlugin(HttpService):
 
         outlet = Outlet(asyncio.get_running_loop(), send)
         await self._in_stream_thread(
-            lambda: self._calls.diff(asked, cast("BinaryIO", outlet))  # the part that is used
+            lambda: write(cast("BinaryIO", outlet))  # the part that is used
         )
         rest = outlet.rest()
         if not response.prepared:
-            return web.Response(body=rest, content_type=_TAR)
+            return web.Response(
+                body=rest, headers={"Content-Type": response.headers["Content-Type"]}
+            )
         await response.write(rest)
         await response.write_eof()
         return response
@@ -218,8 +248,8 @@ def _failed(operation: str, error: Exception, status: HTTPStatus = HTTPStatus.OK
     return _reply(HTTPStatus.INTERNAL_SERVER_ERROR, sentence(error))
 
 
-def _break_off(request: web.Request, error: Exception) -> None:
-    log.warning("Diff: the tar was broken off: %s", sentence(error))
+def _break_off(request: web.Request, operation: str, error: Exception) -> None:
+    log.warning("%s: the reply was broken off: %s", operation, sentence(error))
     if request.transport is not None:
         request.transport.abort()
 
