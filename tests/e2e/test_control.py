@@ -215,6 +215,7 @@ def test_a_daemon_starts_beside_a_command_that_has_the_graph_open(tmp_path):
         importing.stdin.flush()
         first = home / "mnt" / "large" / "rootfs" / "first"
         wait_for(lambda: first.exists() and first.stat().st_size == len(content))
+        assert importing.poll() is None
         with (
             served(tmp_path, docker=True, on_stop="release", check_log=False) as daemon,
             closing(importing.stdin),
