@@ -21,6 +21,7 @@ from tests.support import leftovers
 from tests.support.daemon import Daemon, served
 from tests.support.nbd_client import NbdClient
 from tests.support.unix_http import docker_call
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -94,11 +95,8 @@ def kill_engine() -> None:
 
 
 def await_again(daemon: Daemon, layer: str, times: int) -> None:
-    deadline = time.monotonic() + SECONDS
     told = f"layer '{layer}' is served over NBD again"
-    while daemon.log.read_text().count(told) < times:
-        assert time.monotonic() < deadline, daemon.log.read_text()
-        time.sleep(0.02)
+    wait_for(lambda: daemon.log.read_text().count(told) >= times, daemon.log.read_text)
 
 
 @pytest.mark.qemu
@@ -171,10 +169,7 @@ def test_mounts_that_went_with_the_engine_are_named(tmp_path):
         os.sync()
         kill_engine()
         told = "layer 'one' was mounted for docker and is not any more"
-        deadline = time.monotonic() + SECONDS
-        while told not in daemon.log.read_text():
-            assert time.monotonic() < deadline, daemon.log.read_text()
-            time.sleep(0.02)
+        wait_for(lambda: told in daemon.log.read_text(), daemon.log.read_text)
         assert "layer 'two' was mounted" not in daemon.log.read_text()
         assert not root.exists()
         listed = {each["id"]: each for each in daemon.command("--json", "ls").json}

@@ -246,8 +246,7 @@ def test_when_a_services_thread_dies_the_others_finish_and_it_ends(tmp_path):
         client = UnixConnection(daemon.docker)
         _begin_apply(client, body[:1000], len(body))
         daemon.signal(signal.SIGUSR1)
-        with socket.socket(socket.AF_UNIX) as other, suppress(OSError):
-            other.connect(str(daemon.metrics))  # the thread wakes and dies
+        wait_for(lambda: _wakes_and_dies(daemon), daemon.log.read_text)
         daemon.await_notice("STOPPING=1", 60)
         client.send(body[1000:])
         assert b'"Size":1048576' in client.getresponse().read()
@@ -285,6 +284,13 @@ def test_a_death_and_requests_that_do_not_end(tmp_path):
         client.close()
         daemon.start()
         docker(daemon, "Remove", ID="one")
+
+
+def _wakes_and_dies(daemon: Daemon) -> bool:
+    """Let the thread of metrics wake; whether it has died of what the signal left for it."""
+    with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
+        client.connect(str(daemon.metrics))
+    return "has died" in daemon.log.read_text()
 
 
 def _is_told(daemon: Daemon, thread: str) -> None:
