@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check fmt lint unit test test-kernel shell-kernel soak demo bench bench-layers
-.PHONY: bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
+.PHONY: help setup check fmt lint unit test test-kernel test-systemd shell-kernel soak demo bench
+.PHONY: bench-layers bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +32,17 @@ fmt: $(STAMP) ## format the code
 	$(VENV)/bin/ruff check --fix .
 
 test: $(STAMP) lint machines ## everything; what this machine cannot run is named at the end
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto tests/unit
+	$(PY) -m pytest -q tests --ignore=tests/unit
 
 machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
 	@$(PY) -m tests.support.vm
 
 test-kernel: $(STAMP) machines ## the tests of the kernel's device mapper alone, ARGS="-k suspend -x" for pytest
 	$(PY) -m pytest -m kernel tests $(ARGS)
+
+test-systemd: $(STAMP) ## our unit under a real systemd in a guest, the long cases too
+	$(PY) -m pytest -m "systemd or soak" tests/e2e/test_systemd.py $(ARGS)
 
 shell-kernel: $(STAMP) ## a shell on a kernel with dm-thin, a pool ready; nothing of it stays
 	@$(PY) -m tests.uml

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from devmapper.deviceset.origin import quiesced
 from devmapper.engine.port import (
     Activation,
     Engine,
@@ -39,6 +40,7 @@ from devmapper.errors import (
 from devmapper.linux import blockdev, mount, process
 from devmapper.units import KIB, MIB, Bytes, ThinId, TransactionId
 from tests.support import capabilities
+from tests.support.waiting import wait_for
 
 BLOCK = Bytes(64 * KIB)
 SIZE = Bytes(64 * MIB)
@@ -79,16 +81,6 @@ def mounted(device: Path, target: Path, kind: str = "ext4", data: str = "") -> I
     target.mkdir(exist_ok=True)
     with mount.mounted_at(device, target, kind, data=data):
         yield target
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether *condition* comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 class EngineSuite:
@@ -369,7 +361,7 @@ class EngineSuite:
             (target / "file").write_text("written while leaving")
             with pytest.raises(ThinBusy):
                 pool.delete(ORIGIN)
-        assert eventually(lambda: pool.info("origin") is None)
+        wait_for(lambda: pool.info("origin") is None)
         assert pool.deactivate("origin") is Outcome.ALREADY
         again = pool.activate("origin", ORIGIN, SIZE)
         with mounted(again, tmp_path / "mnt") as target:
@@ -479,11 +471,36 @@ class EngineSuite:
                 with pool.suspended("origin"):
                     pool.create_snap(SNAP, ORIGIN)
             finally:
-                other.communicate("go\n", timeout=20)
+                other.communicate("go\n", timeout=60)
         assert other.returncode == 0
         with mounted(pool.activate("snap", SNAP, SIZE), tmp_path / "mnt") as target:
             assert (target / "file").read_text() == "never synced\n"
         assert pool.deactivate("origin") is Outcome.DONE
+
+    def test_a_snapshot_while_its_origin_comes_and_goes(self, pool: ThinPool, origin: Path) -> None:
+        """Whoever has mounted it for a moment puts it when he likes."""
+        ended = threading.Event()
+
+        def come_and_go() -> int:
+            turns = 0
+            while not ended.is_set():
+                with suppress(ThinBusy):  # it is suspended, or held for that
+                    pool.deactivate("origin")
+                with suppress(ThinBusy):
+                    pool.activate("origin", ORIGIN, SIZE)
+                turns += 1
+            return turns
+
+        with ThreadPoolExecutor(1) as threads:
+            turns = threads.submit(come_and_go)
+            try:
+                for _ in range(15):
+                    with quiesced(pool, "origin"):
+                        pool.create_snap(SNAP, ORIGIN)
+                    pool.delete(SNAP)
+            finally:
+                ended.set()
+            assert turns.result() > 2
 
     def test_writes_wait_while_the_device_is_suspended(
         self, pool: ThinPool, mounted_origin: Path
@@ -501,7 +518,7 @@ class EngineSuite:
             )
             with pytest.raises(subprocess.TimeoutExpired):
                 child.wait(0.5)
-        output, _ = child.communicate(timeout=20)
+        output, _ = child.communicate(timeout=60)
         assert output.endswith(b"done\n")
         info = pool.info("origin")
         assert info is not None

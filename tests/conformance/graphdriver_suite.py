@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +34,7 @@ from tests.conformance.graphdriver_base import GRAPH, clean_up
 from tests.conformance.removal_cases import RemovalCases
 from tests.conformance.sizes_and_mounts import SizesAndMounts
 from tests.support import export_tree
+from tests.support.waiting import wait_for
 
 WORKER = """
 import sys, devmapper, pathlib
@@ -547,10 +547,7 @@ class GraphDriverSuite(RemovalCases, SizesAndMounts, DiskCases, FastDiffCases):
                 assert info is not None
                 assert info.state is Activation.ACTIVE
                 driver.put("one")
-            deadline = time.monotonic() + 5
-            while driver.devices.has_activated_device("one"):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_for(lambda: not driver.devices.has_activated_device("one"))
         finally:
             clean_up(driver)
 

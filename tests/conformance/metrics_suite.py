@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from devmapper.server.watch import PoolWatch
 from devmapper.snapshots import Snapshots
 from devmapper.units import MIB
 from tests.conformance.graphdriver_base import GraphDriverBase
+from tests.support.waiting import wait_for
 
 _PATIENCE = 60.0
 _PIECE = MIB
@@ -86,14 +87,14 @@ class MetricsSuite(GraphDriverBase):
         writer = threading.Thread(target=_fill, args=(root / "big", 60, failures))
         writer.start()
         try:
-            _await(lambda: scrape(service).get(("devmapper_pool_mode", "out_of_data_space")) == 1)
+            wait_for(lambda: scrape(service).get(("devmapper_pool_mode", "out_of_data_space")) == 1)
             found = scrape(service)
             assert found["devmapper_pool_up", ""] == 1
             size = found["devmapper_pool_data_size_bytes", ""]
             assert found["devmapper_pool_data_used_bytes", ""] == size
             assert found["devmapper_layer_exclusive_bytes", "one"] > before + 20 * MIB
             assert health(service)[0] == 503
-            _await(lambda: "is out of data space" in caplog.text)
+            wait_for(lambda: "is out of data space" in caplog.text)
             assert "is low on data" in caplog.text
         finally:
             driver.devices.resize_pool(128 * MIB)
@@ -101,9 +102,9 @@ class MetricsSuite(GraphDriverBase):
             driver.put("one")
         assert not writer.is_alive()
         assert failures == []
-        _await(lambda: scrape(service)["devmapper_pool_mode", "rw"] == 1)
+        wait_for(lambda: scrape(service)["devmapper_pool_mode", "rw"] == 1)
         assert health(service)[0] == 200
-        _await(lambda: "is well" in caplog.text)
+        wait_for(lambda: "is well" in caplog.text)
         assert scrape(service)["devmapper_layers_mounted", ""] == 0
 
     def test_snapshots_of_containerd(self, driver):
@@ -160,15 +161,8 @@ def _fill(path: Path, pieces: int, failures: list[OSError]) -> None:
         failures.append(err)
 
 
-def _await(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < until, "it does not come true"
-        time.sleep(0.2)
-
-
 def _get(service: MetricsService, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

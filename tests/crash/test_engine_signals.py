@@ -11,6 +11,7 @@ from devmapper.linux import mount, process
 from devmapper.units import MIB, Bytes, ThinId
 from tests.support.engine_rig import Rig
 from tests.support.leftovers import remaining
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -43,10 +44,7 @@ def read_again(rig: Rig, point: Path) -> str:
 
 
 def wait_for_log(rig: Rig, words: str) -> None:
-    deadline = time.monotonic() + 30
-    while words not in rig.paths.log.read_text():
-        assert time.monotonic() < deadline, rig.paths.log.read_text()
-        time.sleep(0.05)
+    wait_for(lambda: words in rig.paths.log.read_text(), rig.paths.log.read_text)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

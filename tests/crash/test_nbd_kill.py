@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.crash.test_engine_kill import KILLS
 from tests.support import nbd_client
 from tests.support.engine_rig import Rig
 from tests.support.nbd_client import Ended, NbdClient
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -55,6 +57,10 @@ class Writer:
                     self.flushes += 1
 
 
+def all_flushed(writers: list[Writer]) -> bool:
+    return all(writer.flushes for writer in writers)
+
+
 def content(number: int) -> bytes:
     return number.to_bytes(8, "big") * (SLOT // 8)
 
@@ -89,10 +95,7 @@ def test_what_was_flushed_survives(rig: Rig, chance: random.Random) -> None:
             writers = [Writer(each, n, durable[n]) for n, each in enumerate((one, two))]
             for writer in writers:
                 writer.thread.start()
-            deadline = time.monotonic() + 30
-            while not all(writer.flushes for writer in writers):
-                assert time.monotonic() < deadline, "no flush came through"
-                time.sleep(0.01)
+            wait_for(partial(all_flushed, writers), "no flush came through")
             time.sleep(chance.uniform(0.0, 0.4))
             if round_number % 2:
                 pool.create_snap(ThinId(100 + round_number), ONE)
@@ -148,9 +151,5 @@ def test_a_client_that_is_killed_amid_a_write_leaves_the_device_free(rig: Rig) -
     client = NbdClient.ready(serve(pool))
     client.ask(nbd_client.WRITE, 0, MIB, b"x" * 1000)
     client.close()
-    deadline = time.monotonic() + 10
-    while pool.devices()[0].open_count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
     pool.deactivate("disk")
     assert pool.thin_status(ONE).mapped_blocks == 0

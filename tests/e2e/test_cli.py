@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from devmapper.thin.metadata import PoolMetadata
 from tests.support import thin_tools
 from tests.support.command import SMALL, Command, commands
 from tests.support.daemon import served
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -643,11 +643,8 @@ def test_an_import_that_is_interrupted_leaves_no_layer(dm, number):
     assert process.stdin is not None
     process.stdin.write(tar_of(("big", bytes(1 << 20)))[: 1 << 19])
     process.stdin.flush()
-    deadline = time.monotonic() + 30
-    while dm.run("exists", "half").status and time.monotonic() < deadline:
-        time.sleep(0.05)
-    while not dm("--json", "engine", "status").json["devices"] and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: not dm.run("exists", "half").status)
+    wait_for(lambda: dm("--json", "engine", "status").json["devices"])
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number

@@ -5,8 +5,7 @@ Both daemons take seconds to start, so that each test is one long story.
 
 import io
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from tests.support import snapshots_client
 from tests.support.containerd import NAMESPACE, SNAPSHOTTER, Containerd
 from tests.support.daemon import Daemon, served
 from tests.support.dockerd import busybox_tar
+from tests.support.waiting import wait_for
 
 OPTIONS = (
     "dm.loopdatasize=1G",
@@ -95,13 +95,6 @@ def image(both: Both, tmp_path: Path) -> str:
     return f"{IMAGE}:latest"
 
 
-def await_true(holds: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def ours(both: Both) -> set[str]:
     """Our snapshots by the keys that containerd's clients gave them."""
     with snapshots_client.connected(both.daemon.containerd) as client:
@@ -113,10 +106,20 @@ def ours(both: Both) -> set[str]:
 
 def assert_same_snapshots(both: Both) -> None:
     """Ours and those that containerd knows of are the same, once its garbage collector has run."""
-    await_true(
-        lambda: ours(both) == set(both.containerd.snapshots()),
-        f"ours: {ours(both)}, containerd's: {set(both.containerd.snapshots())}",
+
+    def are_same() -> bool:
+        both.containerd.collect_garbage()
+        return ours(both) == set(both.containerd.snapshots())
+
+    wait_for(
+        are_same, lambda: f"ours: {ours(both)}, containerd's: {set(both.containerd.snapshots())}"
     )
+
+
+def assert_no_snapshots(both: Both) -> None:
+    """Neither of us has any."""
+    assert_same_snapshots(both)
+    assert both.containerd.snapshots() == {}
 
 
 def assert_consistent(both: Both) -> None:
@@ -171,7 +174,7 @@ def test_a_life(both, image):
     # With the image its snapshots go, leaf first
     containerd.ctr("images", "rm", "--sync", image)
     assert containerd.snapshots() == {}
-    await_true(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     assert mounted_devices(both) == set()
     assert_consistent(both)
 
@@ -194,7 +197,7 @@ def test_a_size_of_its_own(both, image):
     assert status != 0
     assert "containerd.io/snapshot/max-size='many': expected a size" in words
     containerd.ctr("images", "rm", "--sync", image)
-    await_true(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
 
 
 def test_containers_outlive_both_daemons(both, image):
@@ -202,12 +205,12 @@ def test_containers_outlive_both_daemons(both, image):
 
     def counts() -> bool:
         first = containerd.exec("c1", "cat", "/count")
-        await_true(lambda: containerd.exec("c1", "cat", "/count") != first, "it does not count")
+        wait_for(lambda: containerd.exec("c1", "cat", "/count") != first, "it does not count")
         return True
 
     usage = ("snapshots", "--snapshotter", SNAPSHOTTER, "usage", "c1")
     containerd.run(image, "c1", "sh", "-c", COUNT, options=["--detach"])
-    await_true(lambda: containerd.exec("c1", "ls", "/").find("count") >= 0, "it does not begin")
+    wait_for(lambda: containerd.exec("c1", "ls", "/").find("count") >= 0, "it does not begin")
     sources = mounted_devices(both)
     assert len(sources) == 1
 
@@ -219,14 +222,14 @@ def test_containers_outlive_both_daemons(both, image):
     assert "unavailable" in words
     daemon.start()
     # containerd connects again by itself, after three seconds at most
-    await_true(lambda: containerd.tried(*usage)[0] == 0, "containerd does not find us again")
+    wait_for(lambda: containerd.tried(*usage)[0] == 0, "containerd does not find us again")
     assert counts()
     assert mounted_devices(both) == sources
     assert containerd.run(image, "c3", "cat", "/one", options=["--rm"]) == "1"
 
     # It is told to end, with the pool kept: the same
     daemon.restart()
-    await_true(lambda: containerd.tried(*usage)[0] == 0, "containerd does not find us again")
+    wait_for(lambda: containerd.tried(*usage)[0] == 0, "containerd does not find us again")
     assert counts()
     assert containerd.run(image, "c4", "cat", "/one", options=["--rm"]) == "1"
 
@@ -242,7 +245,7 @@ def test_containers_outlive_both_daemons(both, image):
 
     containerd.end("c1")
     containerd.ctr("images", "rm", "--sync", image)
-    await_true(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     assert_consistent(both)
 
 
@@ -261,8 +264,7 @@ def test_what_is_left_is_collected(both, image):
     assert set(containerd.snapshots()) == kept | {"c1"}
     assert containerd.exec("c1", "cat", "/one") == "1"
     containerd.end("c1")
-    await_true(lambda: containerd.snapshots() == {}, "the container's image is still held")
-    await_true(lambda: ours(both) == set(), "orphans")
+    assert_no_snapshots(both)
     left = {entry["id"] for entry in daemon.command.run("--json", "ls").json}
     assert left == {"base", "snapshot-root"}
     assert_consistent(both)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from devmapper.graph.remote import RemoteGraph
 from tests.support.daemon import Daemon, served
 from tests.support.snapshots_client import connected
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -168,10 +168,7 @@ def test_a_reader_that_has_enough_of_a_diff(tmp_path):
 
 
 def await_devices(graph: RemoteGraph, count: int) -> None:
-    deadline = time.monotonic() + ACTIVE_SECONDS
-    while len(graph.engine().devices) != count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(graph.engine().devices) == count)
 
 
 def test_a_command_at_the_daemon_starts_quickly(tmp_path):

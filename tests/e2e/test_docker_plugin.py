@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tests.support.daemon import Daemon, served
 from tests.support.docker_plugin import mounted_layers
 from tests.support.plugin_client import PluginClient
 from tests.support.unix_http import UnixConnection
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.tools, pytest.mark.e2e]
 
@@ -35,13 +36,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 @pytest.fixture
 def client(daemon: Daemon) -> PluginClient:
     return PluginClient(daemon.docker)
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _SECONDS
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -169,7 +163,7 @@ def test_a_client_that_leaves_amid_a_diff(daemon, client):
         assert mounted_layers(daemon.home) == {"one"}
         reply.close()
         connection.close()
-        wait_until(lambda: mounted_layers(daemon.home) == set())
+        wait_for(lambda: mounted_layers(daemon.home) == set())
     assert len(members(client.diff("one"))["long"]) == 30 * MIB
 
 
@@ -184,7 +178,7 @@ def test_slow_clients_do_not_stop_the_others(daemon, client):
         for connection, reply in slow:
             reply.close()
             connection.close()
-    wait_until(lambda: mounted_layers(daemon.home) == set())
+    wait_for(lambda: mounted_layers(daemon.home) == set())
 
 
 def test_changes_in_many_pieces(client):
@@ -203,7 +197,7 @@ def test_an_error_amid_a_diff_does_not_look_like_a_tar(daemon, client):
     connection, reply = client.begin_diff("one")
     with contextlib.closing(connection), pytest.raises(http.client.IncompleteRead):
         reply.read()
-    wait_until(lambda: mounted_layers(daemon.home) == set())
+    wait_for(lambda: mounted_layers(daemon.home) == set())
     assert "a layer cannot hold names that start with '.wh.'" in daemon.log.read_text()
     make(client, "two", {"z/.wh.name": b""})
     answer = client.send("/GraphDriver.Diff", b'{"ID": "two"}')
@@ -250,9 +244,9 @@ def test_a_client_that_leaves_amid_its_tar(daemon, client):
         connection.endheaders()
         body = b"".join(long_tar(1))
         connection.send(rest + body[: 600 * 1024])
-        wait_until(lambda: mounted_layers(daemon.home) == {"one"})
+        wait_for(lambda: mounted_layers(daemon.home) == {"one"})
         connection.close()
-        wait_until(lambda: mounted_layers(daemon.home) == set())
+        wait_for(lambda: mounted_layers(daemon.home) == set())
         assert "holds a part of another transfer" in client.apply("one", b"").error
         client("Remove", ID="one")
         client("Create", ID="one")
@@ -267,7 +261,7 @@ def test_half_of_a_tar_is_not_taken_for_the_whole_after_a_kill(daemon, client):
         for number, piece in enumerate(long_tar(8)):
             yield piece
             if number == 4:
-                wait_until(lambda: mounted_layers(daemon.home) == {"one"})
+                wait_for(lambda: mounted_layers(daemon.home) == {"one"})
                 daemon.kill()
 
     with pytest.raises(OSError, match=r"."):
@@ -293,7 +287,7 @@ def test_a_full_pool(tmp_path):
         assert client.apply("ballast", long_tar(50)).json == {"Size": 50 * MIB}
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(client.apply, "one", long_tar(60))
-            wait_until(lambda: is_full(client))
+            wait_for(lambda: is_full(client))
             assert "pool is out of data space" in client.error("Create", ID="two")
             assert client("Exists", ID="two") == {"Exists": False}
             assert not waiting.done()

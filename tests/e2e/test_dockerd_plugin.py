@@ -6,7 +6,6 @@ import signal
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.support.docker_plugin import (
     mounted_layers,
     prune,
 )
+from tests.support.waiting import wait_for
 from tests.uml.boot import SCRATCH
 
 pytestmark = [
@@ -220,10 +220,7 @@ def test_the_daemon_restarts_amid_work(both, number, tmp_path):
     try:
         for _ in range(3):
             before = len(done)
-            deadline = time.monotonic() + 90
-            while len(done) < before + 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert len(done) >= before + 2, docker.tail()
+            wait_for(lambda: len(done) >= before + 2, docker.tail, 90)  # noqa: B023 - ends here
             if number == signal.SIGTERM:
                 daemon.stop()
             else:

@@ -7,7 +7,7 @@ import os
 import socket
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -27,6 +27,7 @@ from tests.support.graphs import records
 from tests.support.layers_client import PluginClient, PluginError
 from tests.support.snapshots_client import SERVICE, SnapshotsClient, connected
 from tests.support.soak_containerd import mount
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -58,13 +59,6 @@ def docker(daemon: Daemon) -> Iterator[PluginClient]:
 def containerd(daemon: Daemon) -> Iterator[SnapshotsClient]:
     with connected(daemon.containerd) as client:
         yield client
-
-
-def await_that(what: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def mounted_below(place: Path) -> list[str]:
@@ -152,7 +146,7 @@ def test_clients_that_leave_amid_a_tar(daemon, docker):
         head = f"POST /{path} HTTP/1.1\r\nHost: d\r\nContent-Length: {len(tar)}\r\n\r\n"
         with connect(daemon.docker) as connection:
             connection.sendall(head.encode() + tar[:length])
-    await_that(lambda: mounted_below(daemon.home / "mnt") == [])
+    wait_for(lambda: mounted_below(daemon.home / "mnt") == [])
     for n, length in enumerate(lengths):
         if length < PIECE:  # nothing was begun
             assert docker.apply_diff(f"part{n}", "", tar) == 4 * MIB
@@ -184,7 +178,7 @@ def test_clients_that_leave_amid_a_call(daemon, containerd):
         time.sleep(0.5)
         return quiet[-1] == quiet[-2]
 
-    await_that(settled)
+    wait_for(settled)
     there = containerd.names()
     assert set(there) <= set(keys)
     for key in there:

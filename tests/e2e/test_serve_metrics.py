@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 def get(path: Path, url: str) -> tuple[str, str]:
     """The status line and the body of an answer."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
+        client.settimeout(60)
         client.connect(str(path))
         client.sendall(f"GET {url} HTTP/1.0\r\n\r\n".encode())
         answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.e2e]
 
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 _ALTERNATE, _ORDINARY = b"\x1b[?1049h", b"\x1b[?1049l"
 _SHOW_CURSOR = b"\x1b[?25h"
 

@@ -31,6 +31,7 @@ from devmapper.units import KIB, MIB, Bytes, ThinId, TransactionId
 from tests.conformance.engine_suite import write
 from tests.kernel.conftest import POOL, check
 from tests.support import dm, programs
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kernel
 
@@ -186,7 +187,7 @@ class TestSpace:
             "os.pwrite(fd, b'x' * (16 << 20), 0); os.fsync(fd)"
         )
         with programs.program(program, str(device)) as writer:
-            dm.wait_for(lambda: pool.status().mode is PoolMode.OUT_OF_DATA_SPACE)
+            wait_for(lambda: pool.status().mode is PoolMode.OUT_OF_DATA_SPACE)
             os.truncate(table.data_device, 32 * MIB)
             pool.resize(table._replace(data_size=Bytes(32 * MIB)))
             assert writer.wait(60) == 0

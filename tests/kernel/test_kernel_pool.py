@@ -19,9 +19,10 @@ from devmapper.errors import FormatError, PoolBusy, PoolMismatch, PoolNotFound, 
 from devmapper.linux import blockdev, dmnode, libdm, loop
 from devmapper.linux.libdm import Target
 from devmapper.units import MIB, Bytes, Sectors, ThinId
-from tests.conformance.engine_suite import eventually, make_file_system, mounted, write
+from tests.conformance.engine_suite import make_file_system, mounted, write
 from tests.kernel.conftest import POOL, check
 from tests.support import capabilities, dm, thin_tools
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kernel
 
@@ -47,7 +48,7 @@ class TestDevices:
             (tmp_path / name).write_bytes(bytes(MIB))
         first = loop.attach(tmp_path / "first", direct_io=False)
         with loop.attached(tmp_path / "second", direct_io=False):
-            loop.detach(first, timeout=5.0)
+            loop.detach(first, timeout=60)
             pool = engine.activate_pool(POOL, table)
             assert first in (pool.table().metadata_device, pool.table().data_device)
             engine.deactivate_pool(POOL)
@@ -323,7 +324,7 @@ class TestNodes:
                 assert info is not None
                 assert info.state is Activation.LEAVING
                 assert blockdev.is_block_device(info.path)
-        assert eventually(lambda: pool.devices() == [])
+        wait_for(lambda: pool.devices() == [])
         pool.deactivate("one")
         dm.settle()
         assert not os.path.lexists("/dev/mapper/one")

@@ -21,6 +21,7 @@ from devmapper.units import MIB, Bytes, ThinId
 from tests.conformance.engine_suite import make_file_system, mounted, write
 from tests.kernel.conftest import POOL, check
 from tests.support import dm, programs
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kernel
 
@@ -54,7 +55,7 @@ def kill_while_suspended(name: str) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == "suspended\n"
         child.send_signal(signal.SIGKILL)
-        assert child.wait(20) == -signal.SIGKILL
+        assert child.wait(60) == -signal.SIGKILL
 
 
 class TestSuspension:
@@ -95,7 +96,7 @@ class TestSuspension:
             with pytest.raises(ThinBusy):
                 engine.deactivate_pool(POOL)
             assert state_of(pool, "one") is Activation.SUSPENDED
-            child.communicate("go on\n", timeout=20)
+            child.communicate("go on\n", timeout=60)
             assert child.returncode == 0
         assert state_of(pool, "one") is Activation.ACTIVE
 
@@ -168,7 +169,7 @@ class TestThreads:
                 suspended.set()
 
         with _no_space_timeout(4), programs.program(program, str(device)) as writer:
-            dm.wait_for(lambda: pool.status().mode == "out_of_data_space")
+            wait_for(lambda: pool.status().mode == "out_of_data_space")
             thread = threading.Thread(target=suspend)
             thread.start()
             assert not suspended.wait(0.3)

@@ -62,7 +62,7 @@ def oracle() -> Iterator[Oracle]:
         yield Oracle(process)
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def ours(filters: list[str]) -> list[bool] | None:

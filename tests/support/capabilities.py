@@ -103,11 +103,30 @@ def qemu() -> str:
 
 
 @functools.cache
+def prometheus() -> str:
+    """Prometheus, and its tool that reads and tests rules."""
+    for tool in ("prometheus", "promtool"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (Debian: prometheus)"
+    return ""
+
+
+@functools.cache
 def uml() -> str:
     """A kernel with dm-thin as a process: User Mode Linux."""
     from tests.uml import boot
 
     return boot.missing()
+
+
+@functools.cache
+def systemd() -> str:
+    """A systemd to run in namespaces, and the hierarchy of control groups that it takes there."""
+    if not os.path.exists("/lib/systemd/systemd"):
+        return "systemd is not installed (Debian: systemd)"
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        return "no cgroup version 2 in /sys/fs/cgroup"
+    return ""
 
 
 @functools.cache
@@ -125,6 +144,8 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "docker": docker,
     "go": go,
     "qemu": qemu,
+    "prometheus": prometheus,
     "uml": uml,
+    "systemd": systemd,
     "kernel": kernel,
 }

@@ -37,14 +37,17 @@ _DISABLED: Final = (
     "io.containerd.snapshotter.v1.zfs",
 )
 _CONFIG: Final = """\
-version = 2
 root = "{root}"
 state = "{state}"
 disabled_plugins = {disabled}
+{tables}
 [grpc]
   address = "{socket}"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{opt}"
+"""
+_TABLES: Final = """\
+version = 2
 [proxy_plugins.{name}]
   type = "snapshot"
   address = "{snapshotter}"
@@ -55,22 +58,30 @@ class Containerd:
     """One root directory and the containerd that has it, if one is running."""
 
     def __init__(self, root: Path, run: Path, group: cgroup.Group, snapshotter: Path) -> None:
+        self.root = root
+        self.folder = run  # what does not outlive the rig
         self.log = run / "containerd.log"
         self.socket = run / "c.sock"
-        self._run = run
+        self._ctr = ("ctr", "--address", str(self.socket))
+        self.config = run / "config.toml"
+        self.namespace = NAMESPACE
+        self.control_group = f"/{group.path.name}/containers"
+        self.runc_root = run / "runc"
         self._group = group
         self._process: subprocess.Popen[bytes] | None = None
-        self._ran: set[str] = set()
-        self._config = run / "config.toml"
-        self._config.write_text(
+        self._ran: set[tuple[str, str]] = set()
+        self.configure(_TABLES.format(name=SNAPSHOTTER, snapshotter=snapshotter))
+
+    def configure(self, tables: str, disabled: Sequence[str] = _DISABLED) -> None:
+        """Have its file say this besides what keeps it within the rig."""
+        self.config.write_text(
             _CONFIG.format(
-                root=root,
-                state=run / "state",
-                disabled=json.dumps(_DISABLED),
+                root=self.root,
+                state=self.folder / "state",
+                disabled=json.dumps(disabled),
                 socket=self.socket,
-                opt=root / "opt",
-                name=SNAPSHOTTER,
-                snapshotter=snapshotter,
+                opt=self.root / "opt",
+                tables=tables,
             )
         )
 
@@ -83,11 +94,11 @@ class Containerd:
         assert self._process is None
         with self.log.open("ab") as log, self._group.entered("daemon"):
             self._process = subprocess.Popen(
-                ["containerd", "--config", str(self._config)],
+                ["containerd", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self._run,
+                cwd=self.folder,
                 env=_environment(),
             )
         deadline = time.monotonic() + _START_SECONDS
@@ -120,10 +131,10 @@ class Containerd:
     def tried(self, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
         """The same where it may fail: status, output, what it complains of."""
         done = subprocess.run(
-            ["ctr", "--address", str(self.socket), "--namespace", NAMESPACE, *map(str, arguments)],
+            [*self._ctr, "--namespace", self.namespace, *map(str, arguments)],
             input=stdin,
             capture_output=True,
-            cwd=self._run,
+            cwd=self.folder,
             env=_environment(),
             timeout=120,
         )
@@ -137,14 +148,18 @@ class Containerd:
 
     def where(self, name: str) -> list[str]:
         """Options that keep a container within this rig."""
-        self._ran.add(name)
-        group = f"/{self._group.path.name}/containers/{name}"
-        return ["--cgroup", group, "--runc-root", str(self._run / "runc")]
+        self.expect_shim(name)
+        group = f"{self.control_group}/{name}"
+        return ["--cgroup", group, "--runc-root", str(self.runc_root)]
+
+    def expect_shim(self, name: str) -> None:
+        """Look for the socket of this container's or pod's shim when the rig ends."""
+        self._ran.add((self.namespace, name))
 
     def remove_shim_sockets(self) -> None:
         """Of shims that were killed; containerd has a place for them that cannot be chosen."""
-        for name in self._ran:
-            address = os.path.normpath(f"{self.socket}/{NAMESPACE}/{name}")
+        for namespace, name in self._ran:
+            address = os.path.normpath(f"{self.socket}/{namespace}/{name}")
             digest = hashlib.sha256(address.encode()).hexdigest()
             (_SHIM_SOCKETS / digest).unlink(missing_ok=True)
 
@@ -164,6 +179,17 @@ class Containerd:
             key, *parent, kind = line.split()
             found[key] = ("".join(parent), kind)
         return found
+
+    def collect_garbage(self) -> None:
+        """Have it remove now what nobody refers to, by the end of a lease that is waited for.
+
+        By itself it collects after fifty times as long as it took before, which on a busy machine
+        is minutes; and what was removed while it collected it may not count as a reason
+        (`gc/scheduler`).
+        """
+        lease = f"x{time.monotonic_ns()}"
+        self.ctr("leases", "create", "--id", lease)
+        self.ctr("leases", "rm", "--sync", lease)
 
     def state_of(self, container: str) -> str:
         """RUNNING, STOPPED, or empty without a task."""
@@ -226,7 +252,12 @@ def _environment() -> dict[str, str]:
 
 
 def write_oci_archive(
-    target: Path, layers: Sequence[bytes], *, tag: str = "latest", env: Mapping[str, str] = {}
+    target: Path,
+    layers: Sequence[bytes],
+    *,
+    tag: str = "latest",
+    env: Mapping[str, str] = {},
+    command: Sequence[str] = (),
 ) -> list[str]:
     """An OCI image of *layers*, tars from the lowest to the topmost; returns their diff ids."""
     blobs: dict[str, bytes] = {}
@@ -242,7 +273,10 @@ def write_oci_archive(
     config = {
         "architecture": _architecture(),
         "os": "linux",
-        "config": {"Env": ["PATH=/bin", *(f"{name}={value}" for name, value in env.items())]},
+        "config": {
+            "Env": ["PATH=/bin", *(f"{name}={value}" for name, value in env.items())],
+            "Cmd": list(command),
+        },
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     }
     manifest = {

@@ -3,8 +3,7 @@
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from devmapper.engine.port import PoolTable
 from devmapper.linux import loop
 from devmapper.linux.libdm import Target
 from devmapper.units import KIB, MIB, SECTOR_SIZE, Bytes, Sectors
+from tests.support.waiting import wait_for
 
 BLOCK: Final = Bytes(64 * KIB)
 DATA_SIZE: Final = Bytes(64 * MIB)
@@ -150,11 +150,3 @@ def udevd() -> Iterator[int | None]:
             daemon.wait()
         with suppress(FileNotFoundError):
             os.unlink("/run/udev/control")
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Fail if *condition* does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)

@@ -46,7 +46,7 @@ class Rig:
         """SIGKILL the engine process and wait until it is gone."""
         identity = self.server()
         assert identity.send_signal(signal.SIGKILL)
-        assert identity.wait(20)
+        assert identity.wait(60)
 
     def check(self) -> None:
         """The metadata on disk are sound, as they are; a pool that was never opened has none."""

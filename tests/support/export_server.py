@@ -198,7 +198,7 @@ class ExportServer:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -218,7 +218,7 @@ class ExportServer:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def _receive(self) -> Any:
         assert self.process is not None

@@ -62,7 +62,7 @@ def clear(base: Path) -> None:
         identity = runtime.read_pid(paths)
         if identity is not None:
             identity.send_signal(signal.SIGKILL)
-            identity.wait(10)
+            identity.wait(60)
         try:
             leftovers.clear(paths)
         except OSError as err:

@@ -33,7 +33,7 @@ class NbdClient:
 
     def __init__(self, path: Path | str, *, flags: int = 3) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.size = self.flags = 0
         self._cookie = 1000
         try:

@@ -88,7 +88,7 @@ def stop_at(reached: threading.Event, go_on: threading.Event) -> Callable[[int],
 
     def hook(_offset: int) -> None:
         reached.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     return hook
 
@@ -190,7 +190,7 @@ class Background:
         self._thread.join(after)
         return self._thread.is_alive()
 
-    def result(self, timeout: float = 10) -> None:
+    def result(self, timeout: float = 60) -> None:
         self._thread.join(timeout)
         assert not self._thread.is_alive(), "still running"
         if self._error is not None:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import wait_for
 from tests.uml.boot import CHECKOUT, Machine
 from tests.uml.guest import GuestTimedOut, LostKernel, run_in_uml, running
 
@@ -119,12 +119,12 @@ def test_an_end_without_a_status_is_a_lost_kernel(script: str, console: str) -> 
 def test_out_of_time_ends_all_of_it() -> None:
     printed = Printed()
     with running(["sh", "-c", "echo up; while :; do :; done"], Machine(), output=printed) as guest:
-        until(lambda: printed.words == ["up"])
+        wait_for(lambda: printed.words == ["up"])
         below = descendants(guest.pid)
         assert len(below) > 2
         with pytest.raises(GuestTimedOut):
             guest.wait(0.5)
-        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
 
 
 def test_a_guest_dies_with_its_starter(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_guest_dies_with_its_starter(tmp_path: Path) -> None:
         below = descendants(starter.pid)
         assert len(below) > 2
         starter.kill()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
 
 
 def test_the_shell_has_a_terminal_and_a_pool() -> None:
@@ -176,7 +176,7 @@ def test_the_shell_ends_with_its_terminal() -> None:
         finally:
             os.close(master)
         assert shell.wait(LIMIT) != 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
 
 
 def expect(terminal: int, word: bytes) -> bytes:
@@ -186,10 +186,3 @@ def expect(terminal: int, word: bytes) -> bytes:
         assert ready, seen
         seen += os.read(terminal, 4096)
     return seen
-
-
-def until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,8 @@ def test_a_status_that_is_not_wanted_is_an_error() -> None:
 
 
 def test_a_program_that_takes_too_long_is_killed() -> None:
-    started = time.monotonic()
     with pytest.raises(ToolError, match="longer than"):
-        process.run(["sleep", "20"], timeout=0.1)
-    assert time.monotonic() - started < 5
+        process.run(["sleep", "600"], timeout=0.1)  # more than a test may take
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +65,7 @@ def test_a_process_is_signalled_and_waited_for(tmp_path: Path) -> None:
         assert os.getsid(child.pid) == child.pid
         assert not identity.wait(0.05)
         assert identity.send_signal(signal.SIGTERM)
-        assert identity.wait(5)
+        assert identity.wait(60)
         assert not identity.alive(), "a zombie is not alive"
     finally:
         child.kill()

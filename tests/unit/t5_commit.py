@@ -3,12 +3,12 @@
 import errno
 import os
 import threading
-import time
 
 import pytest
 
 from devmapper.engine.embedded.data_file import DataFile
 from devmapper.engine.embedded.pool import EmbeddedPool
+from devmapper.engine.port import PoolTable
 from devmapper.errors import (
     UsageError,
 )
@@ -27,6 +27,14 @@ from tests.support.pools import (
     stop_at,
     write,
 )
+from tests.support.waiting import wait_for
+
+
+def mapped_on_disk(table: PoolTable) -> int:
+    """Blocks of the device ONE as of the last commit; 0 if it is not there."""
+    with FileDevice.open(table.metadata_device, read_only=True) as device:
+        committed = PoolMetadata.open(device, read_only=True)
+        return committed.mapped_blocks(ONE) if committed.thin_ids() else 0
 
 
 class TestFlushAndCommit:
@@ -54,12 +62,12 @@ class TestFlushAndCommit:
 
         def work():
             begun.set()
-            slow.wait(10)
+            slow.wait(60)
             original()
 
         rounds._work = work
         first = Background(device.flush)
-        assert begun.wait(10)
+        assert begun.wait(60)
         others = [Background(device.flush) for _ in range(20)]
         assert all(other.is_running(after=0.01) for other in others)
         slow.set()
@@ -71,14 +79,7 @@ class TestFlushAndCommit:
         with EmbeddedPool.open(table, commit_period=0.05) as pool:
             pool.create_thin(ONE)
             write(pool.open_device(ONE, SIZE), 0, b"x" * 512)
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline:
-                with FileDevice.open(table.metadata_device, read_only=True) as device:
-                    committed = PoolMetadata.open(device, read_only=True)
-                    if committed.thin_ids() and committed.mapped_blocks(ONE) == 1:
-                        return
-                time.sleep(0.02)
-            pytest.fail("not committed")
+            wait_for(lambda: mapped_on_disk(table) == 1, "not committed")
 
     def test_no_commit_between_allocation_and_mapping(self, rig):
         """A crash after that commit would leave a block that nothing refers to."""
@@ -87,7 +88,7 @@ class TestFlushAndCommit:
         inside, go_on = threading.Event(), threading.Event()
         rig.data.before_write = stop_at(inside, go_on)
         writing = Background(lambda: write(device, 0, b"new"))
-        assert inside.wait(10)
+        assert inside.wait(60)
         committing = Background(rig.pool.commit)
         assert committing.is_running()
         go_on.set()
@@ -147,7 +148,7 @@ class TestSuspend:
         inside, go_on = threading.Event(), threading.Event()
         rig.data.before_write = stop_at(inside, go_on)
         writing = Background(lambda: write(device, 0, b"x" * 512))
-        assert inside.wait(10)
+        assert inside.wait(60)
         suspending = Background(device.suspend)
         assert suspending.is_running()
         go_on.set()

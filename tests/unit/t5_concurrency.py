@@ -112,7 +112,7 @@ class TestConcurrency:
         inside, go_on = threading.Event(), threading.Event()
         rig.data.before_write = stop_at(inside, go_on)
         writing = Background(lambda: write(writer, 0, b"x" * BLOCK))
-        assert inside.wait(10)
+        assert inside.wait(60)
         committing = Background(rig.pool.commit)
         assert read(reader, 0, 4) == b"here"
         assert read(reader, 4 * BLOCK, 512) == bytes(512)

@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import time
 
 import pytest
 
@@ -239,7 +238,7 @@ class TestSnapshots:
         inside, go_on = threading.Event(), threading.Event()
         data.before_write = stop_at(inside, go_on)
         writing = Background(lambda: write(device, 0, b"new" * 1000))
-        assert inside.wait(10)
+        assert inside.wait(60)
         data.before_write = None
         snapping = Background(lambda: rig.pool.create_snap(TWO, ONE))
         assert snapping.is_running()
@@ -334,12 +333,13 @@ class TestDiscard:
         assert read(device, 0, 4096) != bytes(4096)
         assert pool.thin_status(ONE).mapped_blocks == 2
 
-    def test_a_large_empty_device_is_discarded_quickly(self, pool):
+    def test_a_discard_goes_by_what_is_mapped(self, pool):
+        """Block by block this one would take hours."""
         pool.create_thin(ONE)
-        device = pool.open_device(ONE, Bytes(10 * GIB))
-        begin = time.monotonic()
-        device.discard(0, 10 * GIB)
-        assert time.monotonic() - begin < 2
+        device = pool.open_device(ONE, Bytes(64 * 1024 * GIB))
+        write(device, 32 * 1024 * GIB, b"x" * 512)
+        device.discard(0, 64 * 1024 * GIB)
+        assert pool.thin_status(ONE).mapped_blocks == 0
 
     def test_freed_blocks_are_not_used_while_a_reader_is_in_them(self, pool, device):
         """A reader that looked a block up before the discard sees the old data or zeros."""

@@ -105,7 +105,7 @@ def raise_by_one(key: int) -> None:
 
 def test_a_cookie_without_an_event_waits_for_nobody(key, monkeypatch):
     monkeypatch.setattr(libdm, "create_cookie", lambda: key)
-    with udev_cookie.cookie("nothing", timeout=5):
+    with udev_cookie.cookie("nothing", timeout=60):
         pass
     assert is_gone(key)
 
@@ -120,7 +120,7 @@ def test_a_cookie_is_waited_for(key, monkeypatch):
         semaphore.decrement(semaphore.find(key))
 
     thread = threading.Thread(target=udev)
-    with udev_cookie.cookie("an event", timeout=20):
+    with udev_cookie.cookie("an event", timeout=60):
         raise_by_one(key)
         thread.start()
     assert completed.is_set()
@@ -136,7 +136,7 @@ def test_a_cookie_that_nobody_completes_ends_in_an_error(key, monkeypatch):
         udev_cookie.cookie("an event", timeout=0.3),
     ):
         raise_by_one(key)
-    assert 0.3 <= time.monotonic() - start < 5
+    assert time.monotonic() - start >= 0.3
     assert error.value.hint
     assert is_gone(key)
 
@@ -144,7 +144,7 @@ def test_a_cookie_that_nobody_completes_ends_in_an_error(key, monkeypatch):
 def test_a_cookie_that_is_removed_meanwhile_is_done(key, monkeypatch):
     monkeypatch.setattr(libdm, "create_cookie", lambda: key)
     remover = threading.Timer(0.2, lambda: semaphore.remove(semaphore.find(key)))
-    with udev_cookie.cookie("an event", timeout=20):
+    with udev_cookie.cookie("an event", timeout=60):
         raise_by_one(key)
         remover.start()
     remover.join()
@@ -153,7 +153,7 @@ def test_a_cookie_that_is_removed_meanwhile_is_done(key, monkeypatch):
 
 def test_an_error_destroys_the_cookie_and_waits_for_nobody(key, monkeypatch):
     monkeypatch.setattr(libdm, "create_cookie", lambda: key)
-    waiting = udev_cookie.cookie("an event", timeout=20)
+    waiting = udev_cookie.cookie("an event", timeout=60)
     waiting.__enter__()
     raise_by_one(key)
     assert not waiting.__exit__(ZeroDivisionError, ZeroDivisionError(), None)

@@ -6,7 +6,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from tests.support.pools import (
     used,
     write,
 )
+from tests.support.waiting import wait_for
 
 EPERM, EINVAL, ENOSPC = 1, 22, 28  # as the protocol numbers them
 
@@ -72,15 +73,6 @@ def served(tmp_path: Path) -> Iterator[Served]:
 def client(served: Served) -> Iterator[NbdClient]:
     with NbdClient.ready(served.path) as one:
         yield one
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def clients(rig: Served) -> int:
@@ -196,7 +188,7 @@ class TestHandshake:
             with NbdClient(served.path) as client:
                 for _ in range(20):
                     client.option(noise.choice([3, 6, 7, 8, 9, 10, 77]), noise.randbytes(9))
-        assert eventually(lambda: not served.service._connections)
+        wait_for(lambda: not served.service._connections)
         with NbdClient.ready(served.path) as client:
             assert client.read(0, 512) == bytes(512)
 
@@ -290,7 +282,7 @@ class TestTransmission:
         time.sleep(0.1)
         assert clients(served) == 1  # its write is still to come
         served.device.traffic.let_go()
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
         assert read(served.device, 0, 512) == b"d" * 512
 
     def test_long_requests_one_after_the_other(self, client):
@@ -463,12 +455,12 @@ class TestHostile:
     def test_a_write_too_long_to_skip(self, served, client):
         client.ask(nbd.WRITE, 0, 2**32 - 512)
         assert client.has_ended()
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
 
     def test_one_that_goes_amid_its_data_has_written_nothing(self, served, client):
         client.ask(nbd.WRITE, 0, 2 * MIB, b"h" * MIB)
         client.close()
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
         assert used(served.pool) == 0
         for _ in range(10):  # and what it borrowed is back
             with NbdClient.ready(served.path) as other:
@@ -481,7 +473,7 @@ class TestHostile:
             with NbdClient.ready(served.path) as client:
                 for n in range(50):
                     client.ask(nbd.READ, n * BLOCK % SIZE, BLOCK)
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
 
     def test_one_that_takes_no_replies_keeps_only_itself(self, served, client):
         with NbdClient.ready(served.path) as deaf:
@@ -490,7 +482,7 @@ class TestHostile:
             client.write(0, b"w" * 512)
             assert client.read(0, 512) == b"w" * 512
             served.service.close()  # ends it all the same
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
 
     def test_a_crowd_is_not_let_in(self, served):
         crowd: list[NbdClient] = []
@@ -501,14 +493,14 @@ class TestHostile:
         for one in crowd:
             assert one.read(0, 512) == bytes(512)
             one.close()
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
 
     def test_noise(self, served):
         noise = random.Random(3)
         for _ in range(100):
             with NbdClient.ready(served.path) as client, suppress(ConnectionError):
                 client.send(struct.pack(">I", 0x25609513) + noise.randbytes(200))
-        assert eventually(lambda: clients(served) == 0)
+        wait_for(lambda: clients(served) == 0)
         with NbdClient.ready(served.path) as client:
             client.write(0, b"s" * 512)
 
@@ -542,9 +534,39 @@ class TestService:
         assert not served.service.close_if_idle()
         assert client.read(0, 512) == bytes(512)
         client.ask(nbd.DISC)
-        assert eventually(served.service.close_if_idle)
+        wait_for(served.service.close_if_idle)
         with pytest.raises(ConnectionRefusedError):
             NbdClient(served.path)
+
+    def test_who_has_closed_is_gone_once_it_is_asked(self, served):
+        client = NbdClient.ready(served.path)
+        stamp = b"w" * MIB
+        for number in range(4):  # left in its socket for the service to find
+            client.ask(nbd.WRITE, number * len(stamp), len(stamp), stamp)
+        client.close()
+        served.service.settle(60)
+        assert served.service.status().clients == ()
+        assert served.service.close_if_idle()
+        assert read(served.device, 0, 4 * len(stamp)) == 4 * stamp
+
+    def test_who_stays_is_not_waited_for(self, served, client):
+        NbdClient.ready(served.path).close()
+        served.service.settle(60)
+        assert clients(served) == 1
+        assert client.read(0, 512) == bytes(512)
+
+    def test_who_has_closed_counts_while_its_write_waits_for_space(self, served):
+        other, _ = fill(served.pool, TWO)
+        client = NbdClient.ready(served.path)
+        client.ask(nbd.WRITE, 0, 512, b"n" * 512)
+        client.close()
+        served.service.settle(0.2)
+        assert clients(served) == 1
+        other.discard(0, BLOCK)
+        served.service.settle(60)
+        assert clients(served) == 0
+        assert read(served.device, 0, 512) == b"n" * 512
+        other.close()
 
     def test_a_handshake_under_way_does_not_keep_it(self, served):
         with NbdClient(served.path) as client:
@@ -574,7 +596,7 @@ class TestService:
         writer = Background(run)
         try:
             for number in range(10, 20):
-                assert eventually(lambda: written[0] > 0)
+                wait_for(lambda: written[0] > 0)
                 served.pool.create_snap(number, ONE)
                 with served.pool.open_device(number, SIZE) as snap:
                     (first,) = struct.unpack(">Q", read(snap, 0, 512)[:8])

@@ -55,11 +55,10 @@ class TestFullPool:
             begin = time.monotonic()
             with raises_errno(errno.ENOSPC):
                 write(device, end, b"x")
-            assert 0.25 < time.monotonic() - begin < 5
-            begin = time.monotonic()
-            with raises_errno(errno.ENOSPC):  # later ones do not wait
-                write(device, end, b"x")
-            assert time.monotonic() - begin < 0.25
+            assert time.monotonic() - begin > 0.25
+            for _ in range(2000):  # later ones do not wait, or they would take ten minutes
+                with raises_errno(errno.ENOSPC):
+                    write(device, end, b"x")
         assert_clean(table)
 
     def test_resizing_wakes_them(self, table, pool):
@@ -81,17 +80,19 @@ class TestFullPool:
         assert pool.status().total_data_blocks == 256 + 64
         assert read(device, end, 512) == b"x" * 512
 
-    def test_deleting_wakes_them(self, pool):
-        pool.create_thin(TWO)
-        device, _ = fill(pool, ONE)
-        pool.create_snap(THREE, TWO)
-        other = pool.open_device(TWO, SIZE)
-        waiting = Background(lambda: write(other, 0, b"x" * 512))
-        assert waiting.is_running()
-        device.close()
-        pool.delete(ONE)
-        waiting.result(timeout=3)  # sooner than the next periodic commit of many
-        assert pool.status().mode is PoolMode.WRITE
+    def test_deleting_wakes_them(self, table):
+        with EmbeddedPool.open(table, commit_period=3600) as pool:  # no commit comes to help
+            pool.create_thin(TWO)
+            device, _ = fill(pool, ONE)
+            pool.create_snap(THREE, TWO)
+            other = pool.open_device(TWO, SIZE)
+            waiting = Background(lambda: write(other, 0, b"x" * 512))
+            assert waiting.is_running()
+            device.close()
+            pool.delete(ONE)
+            waiting.result()
+            assert pool.status().mode is PoolMode.WRITE
+        assert_clean(table)
 
     def test_discarding_wakes_them(self, pool):
         device, end = fill(pool, ONE)
@@ -101,13 +102,13 @@ class TestFullPool:
         waiting.result()
         assert read(device, 0, 512) == bytes(512)
 
-    def test_freed_blocks_that_are_not_committed_are_found_first(self, pool):
-        device, end = fill(pool, ONE)
-        device.discard(0, BLOCK)
-        begin = time.monotonic()
-        write(device, end, b"x" * 512)
-        assert time.monotonic() - begin < 0.9
-        assert pool.status().mode is PoolMode.WRITE
+    def test_freed_blocks_that_are_not_committed_are_found_first(self, table):
+        with EmbeddedPool.open(table, commit_period=3600, no_space_timeout=3600) as pool:
+            device, end = fill(pool, ONE)
+            device.discard(0, BLOCK)
+            write(device, end, b"x" * 512)
+            assert pool.status().mode is PoolMode.WRITE
+        assert_clean(table)
 
     def test_a_long_write_fills_what_is_left(self, table):
         with EmbeddedPool.open(table._replace(error_if_no_space=True)) as pool:

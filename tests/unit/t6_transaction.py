@@ -398,7 +398,7 @@ def test_keyed_locks_exclude_by_key_and_vanish():
         thread.start()
         with locks.hold("c"):
             assert not entered.wait(0.05)
-    assert done.wait(5)
+    assert done.wait(60)
     thread.join()
     assert locks._entries == {}
 

@@ -202,7 +202,7 @@ def test_the_worker_completes_it_on_a_new_pool_too(home, engine):
         devices.delete_device("one")
         commits.came.clear()
         pool.in_use.clear()
-        assert commits.came.wait(20)
+        assert commits.came.wait(60)
         devices.close()
     assert set(records(home)) == {"base"}
     assert workers() == []
@@ -221,7 +221,7 @@ def test_one_layer_that_cannot_be_deleted_does_not_keep_the_others(home, engine)
         good = damaged.read_bytes()
         damaged.write_bytes(b"{")
         pool.in_use = {name for name in pool.in_use if not name.endswith("-c")}
-        assert commits.came.wait(20)
+        assert commits.came.wait(60)
         devices.close()
         damaged.write_bytes(good)
     assert set(records(home)) == {"base", "a", "b"}
@@ -237,7 +237,7 @@ def test_the_worker_sees_what_another_process_has_put_off(home, engine):
         command.delete_device("one")
         command.close()
         pool.in_use.clear()
-        assert commits.came.wait(20)
+        assert commits.came.wait(60)
         daemon.close()
     assert set(records(home)) == {"base"}
 
@@ -258,7 +258,7 @@ def test_the_worker_goes_on_after_a_shutdown_that_failed(home, engine):
             devices.shutdown()
         commits.came.clear()
         pool.in_use.clear()
-        assert commits.came.wait(20)
+        assert commits.came.wait(60)
     assert set(records(home)) == {"base"}
 
 
@@ -274,7 +274,7 @@ def test_a_graph_that_nobody_closes_leaves_no_worker(home, engine):
     (worker,) = workers()
     del devices
     gc.collect()
-    worker.join(20)
+    worker.join(60)
     assert not worker.is_alive()
 
 

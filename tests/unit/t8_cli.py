@@ -274,6 +274,21 @@ def test_a_bug_is_told_without_a_traceback(capsys, caplog):
     assert caplog.records[0].exc_info[0] is ZeroDivisionError
 
 
+def test_in_the_journal_an_error_is_an_error(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w") as stream:
+        found = os.fstat(stream.fileno())
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        border.report(errors.LayerNotFound("one"), Settings())
+        monkeypatch.setenv("JOURNAL_STREAM", "8:1")  # of a program above, whose stderr it was
+        border.report(MemoryError(), Settings())
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "<3>devmapper: layer 'one' does not exist",
+        "<3>hint: devmapper ls lists them",
+        "devmapper: out of memory",
+    ]
+
+
 def test_surrogates_in_a_message_are_escaped(capsys):
     border.report(OSError(errno.ENOENT, "No such file", "a\udcff"), Settings())
     assert "udcff" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_a_body_that_is_too_large(client):
 )
 def test_malformed_http(client, raw):
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(str(client.socket))
         connection.sendall(raw)
         answer = connection.recv(65536)

@@ -129,7 +129,7 @@ def test_the_panels_do_not_overlap():
 
 def test_the_alerts_queries(series):
     queries = alert_queries()
-    assert len(queries) == ALERTS.read_text().count("- alert:") == 9
+    assert len(queries) == ALERTS.read_text().count("- alert:") == 10
     for query in queries:
         check(query, series)
 

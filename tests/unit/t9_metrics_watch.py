@@ -3,7 +3,6 @@
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from devmapper.server.watch import PoolWatch
 from devmapper.units import Bytes
 from tests.support.observed import Observed, observed
 from tests.support.pools import BLOCK, ONE, Background, write
+from tests.support.waiting import wait_for
 
 HALF = Thresholds(data=50, metadata=10)
 
@@ -215,10 +215,7 @@ def test_it_looks_by_itself_and_ends(graph, pool, caplog):
     watch.start()
     try:
         graph.follow(lambda: status._replace(used_data_blocks=256))
-        until = time.monotonic() + 10
-        while not watch.present:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        wait_for(lambda: watch.present)
     finally:
         watch.stop()
     watch.stop()

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -26,7 +25,7 @@ from devmapper.server.operations import Operations
 def receiver(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     listener.bind(address)
-    listener.settimeout(5)
+    listener.settimeout(60)
     return listener
 
 
@@ -39,9 +38,9 @@ def test_notices_reach_a_socket_with_a_path(tmp_path):
         ]  # fmt: skip
         notifier.status("busy")
         notifier.alive()
-        notifier.stopping("bye")
+        notifier.stopping("bye", 1.5)
         assert [listener.recv(4096) for _ in range(3)] == [
-            b"STATUS=busy", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=bye",
+            b"STATUS=busy", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=bye\nEXTEND_TIMEOUT_USEC=1500000",
         ]  # fmt: skip
 
 
@@ -91,11 +90,9 @@ def test_signals_wait_to_be_asked_for():
         assert requests.wait(0.05) is None
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
-            assert requests.wait(5) is number
+            assert requests.wait(60) is number
         threading.Timer(0.05, requests.wake).start()
-        begin = time.monotonic()
-        assert requests.wait(30) is None
-        assert time.monotonic() - begin < 20
+        assert requests.wait(600) is None  # more than a test may take
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -221,7 +218,7 @@ def test_to_wake_after_the_end_touches_nothing(tmp_path):
     requests = EndRequests()
     with requests:
         requests.wake()
-        assert requests.wait(5) is None
+        assert requests.wait(60) is None
     files = [open(tmp_path / str(number), "wb") for number in range(4)]  # noqa: SIM115
     requests.wake()
     for file in files:

@@ -15,14 +15,15 @@ import pytest
 from aiohttp import web
 
 from devmapper.errors import UsageError
-from devmapper.server import sockets
+from devmapper.server import closing, sockets
 from devmapper.server.http import HttpService, TcpAddress
 from devmapper.server.operations import Operations
+from tests.support.waiting import wait_for
 
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=10)
+        super().__init__("localhost", timeout=60)
         self._path = path
 
     def connect(self) -> None:
@@ -87,7 +88,7 @@ def test_serves_and_lets_requests_under_way_end(tmp_path):
 
     def slow() -> str:
         entered.set()
-        leave.wait(10)
+        leave.wait(60)
         return "done"
 
     def application() -> web.Application:
@@ -103,7 +104,7 @@ def test_serves_and_lets_requests_under_way_end(tmp_path):
     answers: list[bytes] = []
     client = threading.Thread(target=lambda: answers.append(get(tmp_path / "a.sock", "/slow")))
     client.start()
-    entered.wait(10)
+    entered.wait(60)
     stopper = threading.Thread(target=service.stop, args=(10.0,))
     stopper.start()
     time.sleep(0.1)
@@ -153,15 +154,36 @@ def test_no_request_is_lost_that_came_before_the_end(tmp_path):
         for thread in clients:
             thread.start()
         time.sleep(0.1)
-        began = time.monotonic()
-        service.stop(20.0)
-        assert time.monotonic() - began < 10
+        service.stop(600.0)  # more than a test may take
         for thread in clients:
             thread.join()
     # Between the last look and the close lie microseconds, and here the clients' share of the GIL
     assert len(lost) <= 1
     assert len(answered) + len(lost) == 40
     assert sum(answered) > 100
+
+
+def test_who_has_just_connected_is_still_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(closing, "_LOOKS", 60_000)
+
+    def application() -> web.Application:
+        async def handle(request: web.Request) -> web.Response:
+            return web.Response(body=b"answered")
+
+        made = web.Application()
+        made.router.add_get("/", handle)
+        return made
+
+    service = HttpService("test", tmp_path / "a.sock", application)
+    service.start()
+    with contextlib.closing(_Connection(tmp_path / "a.sock")) as client:
+        client.connect()
+        stopper = threading.Thread(target=service.stop, args=(120.0,))
+        stopper.start()
+        wait_for(lambda: not list(tmp_path.iterdir()), "others can connect")
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"answered"
+        stopper.join()
 
 
 def sleeping() -> web.Application:
@@ -192,15 +214,13 @@ def test_told_again_to_stop_it_waits_less(tmp_path):
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         time.sleep(0.1)
-        begin = time.monotonic()
-        patient = threading.Thread(target=service.stop, args=(60.0,))
+        patient = threading.Thread(target=service.stop, args=(600.0,))
         patient.start()
         time.sleep(0.2)
         assert patient.is_alive()
         service.stop(0.1)
-        patient.join(10)
+        patient.join(60)
         assert not patient.is_alive()
-        assert time.monotonic() - begin < 20
         assert client.recv(1) == b""
 
 

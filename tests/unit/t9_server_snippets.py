@@ -52,6 +52,13 @@ def test_containerd_s_tables(tmp_path, release):
     assert containerd.cri_snapshotter(file) == "thin.x"
 
 
+def test_where_an_older_containerd_lets_a_kubelet_look():
+    link = "ln -s '/srv/läyers' /var/lib/containerd/io.containerd.snapshotter.v1.thin.x"
+    for release, needed in ((Release(1, 6), True), (Release(2, 1), False), (None, False)):
+        notes = containerd.snippet(CONFIG, release, "thin.x").notes
+        assert any(note.endswith(link) for note in notes) == needed
+
+
 def test_what_is_not_served_is_said():
     off = replace(CONFIG, containerd_enabled=False, docker_enabled=False)
     assert "--containerd" in containerd.snippet(off, None).text

@@ -21,6 +21,7 @@ INTERNAL_ERROR: Final = 70  # EX_SOFTWARE
 _INTERRUPTED: Final = 128 + signal.SIGINT
 _PIPE_CLOSED: Final = 128 + signal.SIGPIPE
 _FAILED: Final = 1
+_JOURNAL: Final = "JOURNAL_STREAM"  # environment: the journal may read what we print
 
 _HINTS: Final = {
     errno.ENOSPC: "make room on the file system that holds it",
@@ -82,8 +83,18 @@ def report(error: BaseException, settings: Settings) -> int:
         )
     else:
         text = f"{PROGRAM}: {told.message}" + (f"\nhint: {told.hint}" if told.hint else "")
+    text = _for_the_journal(text)
     print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
     return told.exit_code
+
+
+def _for_the_journal(text: str) -> str:
+    """With the priority of an error where the journal reads stderr, for `journalctl -p err`."""
+    if _JOURNAL not in os.environ:
+        return text
+    from devmapper.server import logs
+
+    return logs.prefixed(logging.ERROR, text) if logs.is_journal(sys.stderr, os.environ) else text
 
 
 def explain(error: BaseException) -> Report:

@@ -4,6 +4,7 @@ It can be killed at any moment: what it has mounted stays, what it was doing is 
 by whoever opens the graph next, and the sockets that it leaves are replaced.
 """
 
+import faulthandler
 import logging
 import os
 import resource
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from devmapper.deviceset.id_maps import container_root
 from devmapper.deviceset.layer_root import make_owned
 from devmapper.server import lock, registry, sockets
-from devmapper.server.address import Address
+from devmapper.server.address import Address, show_address
 from devmapper.server.config import Config, OnStop
 from devmapper.server.ending import EndRequests
 from devmapper.server.notify import Notifier
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 _HOME_MODE: Final = 0o700  # as the device set makes it
 _IDLE_SECONDS: Final = 1.0  # for a worker without a request to end
 _BREAK_OFF_SECONDS: Final = 5.0  # for services to end once requests are not waited for any more
+_RELEASE_SECONDS: Final = 90.0  # for unmounting and letting go of the pool
+_MARGIN_SECONDS: Final = 10.0  # until the service manager takes us for hung, on a busy machine
 
 
 def serve(config: Config) -> None:
@@ -46,6 +49,8 @@ def serve(config: Config) -> None:
     and the lock are gone then.
     """
     notifier = Notifier.take()
+    if notifier.watchdog_seconds:
+        faulthandler.enable()  # its SIGABRT then tells in the log where each thread was
     _raise_file_limit()
     os.chdir("/")
     with ExitStack() as stack:
@@ -55,18 +60,19 @@ def serve(config: Config) -> None:
         requests = stack.enter_context(EndRequests())
         upper = stack.enter_context(ExitStack())  # what has to end before the pool is let go
         services = _started(plans, _ground(config, driver, upper))
-        what = f"serving graph {str(config.root)!r}: {', '.join(map(str, plans)) or 'nobody'}"
+        what = f"serving graph {str(config.root)!r}: {', '.join(map(_described, services))}"
         log.info("%s", what)
         notifier.ready(what)
         _wait_for_end(requests, notifier)
         log.info("told to end: requests under way have %gs", config.stop_time)
-        notifier.stopping("waiting for requests under way")
+        longest = config.stop_time + _BREAK_OFF_SECONDS + _IDLE_SECONDS + _MARGIN_SECONDS
+        notifier.stopping("waiting for requests under way", longest)
         if not _stop(services, config.stop_time, requests, notifier) or _workers_are_left():
             log.warning("requests were broken off; the next start undoes or completes them")
             _end_as_if_killed()
         upper.close()
         if config.on_stop is OnStop.RELEASE:
-            notifier.stopping("letting go of the pool")
+            notifier.stopping("letting go of the pool", _RELEASE_SECONDS)
             driver.cleanup()
         log.info("ended; the pool %s", _fate(config))
 
@@ -138,12 +144,16 @@ def _started(plans: Sequence[Plan], ground: Ground) -> list[Service]:
             service = plan.make(ground, plan.address)
             services.append(service)
             service.start()
-            log.debug("%s", plan)
+            log.debug("%s", _described(service))
     except BaseException:
         for service in reversed(services):
             service.stop(0.0)
         raise
     return services
+
+
+def _described(service: Service) -> str:
+    return f"{service.name} on {show_address(service.address)}"
 
 
 def _wait_for_end(requests: EndRequests, notifier: Notifier) -> None:

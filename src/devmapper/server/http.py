@@ -8,6 +8,7 @@ import functools
 import logging
 import socket
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Final, ParamSpec, TypeVar
 from aiohttp import web
 
 from devmapper.server import closing, sockets
-from devmapper.server.address import TcpAddress
+from devmapper.server.address import Address, TcpAddress
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class HttpService:
         self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
         self._under_way: set[object] = set()
+        self._heard: weakref.WeakSet[object] = weakref.WeakSet()  # transports with a request so far
         self._changed = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
@@ -67,6 +69,13 @@ class HttpService:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def address(self) -> Address:
+        """See `Service.address`."""
+        if isinstance(self._address, TcpAddress):
+            return self._address._replace(port=self.port or self._address.port)
+        return self._address
 
     def start(self) -> None:
         """See `Service.start`."""
@@ -111,6 +120,8 @@ class HttpService:
         """Know the connections whose requests are under way."""
         connection = request.protocol
         self._under_way.add(connection)
+        if request.transport is not None:
+            self._heard.add(request.transport)
         try:
             response = await handler(request)
             if self._stop is not None and self._stop.is_set():
@@ -132,12 +143,12 @@ class HttpService:
             sockets.remove(self._address, self._own)
         server = runner.server
         if server is not None:
-            await closing.quieten(server, listener, self._under_way)
+            await closing.quieten(server, listener, self._under_way, self._heard)
             await site.stop()
             while self._under_way:
                 self._changed.clear()
                 await self._changed.wait()
-            await closing.quieten(server, None, self._under_way)  # who came in the last moment
+            await closing.quieten(server, None, self._under_way, self._heard)  # who came last
         await runner.cleanup()
 
     def _shorten(self) -> None:

@@ -51,6 +51,12 @@ def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
     return (device, inode) == (str(found.st_dev), str(found.st_ino))
 
 
+def prefixed(level: int, text: str) -> str:
+    """Each line of *text* with the journal's number for *level*."""
+    number = next((each for least, each in _PRIORITIES if level >= least), 7)
+    return "\n".join(f"<{number}>{line}" for line in text.splitlines() or [""])
+
+
 class JournalFormatter(logging.Formatter):
     """Each line with its priority; the journal knows the time itself."""
 
@@ -58,9 +64,7 @@ class JournalFormatter(logging.Formatter):
         super().__init__("%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        number = next((each for level, each in _PRIORITIES if record.levelno >= level), 7)
-        lines = super().format(record).splitlines() or [""]
-        return "\n".join(f"<{number}>{line}" for line in lines)
+        return prefixed(record.levelno, super().format(record))
 
 
 class TextFormatter(logging.Formatter):

@@ -41,8 +41,10 @@ class Notifier:
         """One line that `systemctl status` shows."""
         self._send(f"STATUS={status}")
 
-    def stopping(self, status: str) -> None:
-        self._send("STOPPING=1", f"STATUS={status}")
+    def stopping(self, status: str, seconds: float) -> None:
+        """It ends, and may take *seconds* from now on, also where the unit allows less."""
+        microseconds = round(seconds * 1e6)
+        self._send("STOPPING=1", f"STATUS={status}", f"EXTEND_TIMEOUT_USEC={microseconds}")
 
     def alive(self) -> None:
         """What the watchdog waits for, at least every `watchdog_seconds`."""

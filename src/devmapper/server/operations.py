@@ -46,6 +46,8 @@ class Operations:
     def measure(self, front_end: str, operation: str) -> Iterator[None]:
         """Count one request; what it raises is counted by its class and goes on."""
         under_way = self._under_way.labels(front_end, operation)
+        # Its 0 is there before the first request ends: one that never does is seen to be stuck
+        durations = self._durations.labels(front_end, operation)
         under_way.inc()
         begin = time.perf_counter()
         try:
@@ -54,7 +56,7 @@ class Operations:
             self._errors.labels(front_end, operation, type(err).__name__).inc()
             raise
         finally:
-            self._durations.labels(front_end, operation).observe(time.perf_counter() - begin)
+            durations.observe(time.perf_counter() - begin)
             under_way.dec()
 
     @property

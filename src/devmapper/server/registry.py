@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmapper.server.address import Address, show_address
+from devmapper.server.address import Address
 from devmapper.server.config import Config
 from devmapper.server.service import Service
 
@@ -31,9 +31,6 @@ class Plan(NamedTuple):
     name: str
     address: Address
     make: Callable[[Ground, Any], Service]  # of the ground and the address
-
-    def __str__(self) -> str:
-        return f"{self.name} on {show_address(self.address)}"
 
 
 def plans(config: Config, control: Path) -> list[Plan]:

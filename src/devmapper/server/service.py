@@ -2,6 +2,8 @@
 
 from typing import Final, Protocol
 
+from devmapper.server.address import Address
+
 STOP_SECONDS: Final = 30.0  # that requests under way are waited for when the daemon is told to end
 
 
@@ -11,6 +13,10 @@ class Service(Protocol):
     @property
     def name(self) -> str:
         """One word for logs and metrics: docker, containerd, control, metrics."""
+
+    @property
+    def address(self) -> Address:
+        """Where it listens; of port 0, which one that is, once it has started."""
 
     def start(self) -> None:
         """Listen; requests are answered when it returns.

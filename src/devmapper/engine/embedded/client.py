@@ -200,7 +200,7 @@ class EmbeddedPoolClient:
                     self._paths, name, part=runtime.SUSPENSION, timeout=_LOCK_SECONDS
                 )
             )
-            info = self.info(name)
+            info = self._pinned(stack, name)
             if info is None:
                 yield
                 return
@@ -224,12 +224,13 @@ class EmbeddedPoolClient:
 
         from devmapper.linux import blockdev
 
-        info = self.info(name)
-        if info is None:
-            raise OSError(errno.ENXIO, "device is not active", name)
-        if info.nbd is not None:
-            raise _served(name, info.nbd)
-        blockdev.discard(info.path)
+        with ExitStack() as stack:
+            info = self._pinned(stack, name)
+            if info is None:
+                raise OSError(errno.ENXIO, "device is not active", name)
+            if info.nbd is not None:
+                raise _served(name, info.nbd)
+            blockdev.discard(info.path)
 
     def serve_nbd(
         self, name: str, thin_id: ThinId, size: Bytes, socket: Path | None, *, read_only: bool
@@ -282,6 +283,20 @@ class EmbeddedPoolClient:
                 f"engine process {identity.pid} has closed its pool but does not end",
                 hint=f"see {self._paths.log}",
             )
+
+    def _pinned(self, stack: ExitStack, name: str) -> DeviceInfo | None:
+        """As `info`, and the block device stays the one it is until *stack* ends.
+
+        Nobody detaches a loop device that somebody has open.  Otherwise its node could be nothing,
+        or another layer's device, when it is used.
+        """
+        from devmapper.linux import blockdev
+
+        with runtime.device_lock(self._paths, name):
+            info = self.info(name)
+            if info is not None and info.nbd is None:
+                stack.enter_context(blockdev.opened(info.path, os.O_RDONLY))
+            return info
 
     def _defer(self, name: str, node: Path) -> Outcome:
         from devmapper.linux import loop

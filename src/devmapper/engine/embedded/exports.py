@@ -29,6 +29,7 @@ from devmapper.units import Bytes, ThinId
 log = logging.getLogger(__name__)
 
 _RELEASE_SECONDS: Final = 10.0  # the kernel sends RELEASE some time after the last close
+_SETTLE_SECONDS: Final = 1.0  # for who only asks; enough for what a client left in its socket
 _POLL_SECONDS: Final = 0.002
 _REAP_SECONDS: Final = 0.05
 _OPEN_FILE: Final = "an open file of the engine's export"
@@ -102,7 +103,8 @@ class Exports:
         return service.status()
 
     def deactivate(self, name: str) -> Outcome:
-        """Take a device off the export; `ThinBusy` if its file stays open for a while."""
+        """Take a device off the export; `ThinBusy` if it has a user who stays for a while."""
+        self._settle(_RELEASE_SECONDS, name)
         deadline = time.monotonic() + _RELEASE_SECONDS
         while True:
             with self._lock:
@@ -177,6 +179,7 @@ class Exports:
 
     def devices(self) -> list[ExportedDevice]:
         """The activated devices, sorted by name."""
+        self._settle(_SETTLE_SECONDS)
         with self._lock:
             return [self._describe(entry) for _, entry in sorted(self._entries.items())]
 
@@ -186,6 +189,8 @@ class Exports:
         `ThinBusy` if a file is open and not *force*; nothing was done then.  With *force* I/O under
         way is waited for, and what comes afterwards fails.
         """
+        if not force:
+            self._settle(_RELEASE_SECONDS)
         with self._lock:
             for entry in () if force else self._entries.values():
                 described = self._describe(entry)
@@ -205,6 +210,20 @@ class Exports:
         for entry in entries:
             entry.device.close()
         self._entries.clear()
+
+    def _settle(self, seconds: float, only: str | None = None) -> None:
+        """Let NBD clients that have gone end, of *only* this device or of all."""
+        with self._lock:
+            services = [
+                entry.nbd
+                for entry in self._entries.values()
+                # A suspended device holds what they asked for until it is resumed
+                if entry.nbd is not None
+                and entry.state is not Activation.SUSPENDED
+                and only in (None, entry.name)
+            ]
+        for service in services:
+            service.settle(seconds)
 
     def _describe(self, entry: _Entry) -> ExportedDevice:
         nbd = None if entry.nbd is None else entry.nbd.status()

@@ -6,6 +6,7 @@ is the protection.
 """
 
 import logging
+import select
 import socket
 import struct
 import threading
@@ -49,6 +50,7 @@ class NbdService:
         self._disk = NbdDisk(name, target, read_only=read_only)
         self._listener = listener
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # whenever a connection has
         self._connections: dict[socket.socket, str] = {}  # who it is, in words
         self._clients: set[socket.socket] = set()
         self._admits = True
@@ -65,6 +67,16 @@ class NbdService:
         with self._lock:
             clients = tuple(sorted(self._connections[each] for each in self._clients))
         return NbdExport(self.path, self._disk.read_only, clients)
+
+    def settle(self, seconds: float) -> None:
+        """Wait for the end of clients that have closed their sockets, at most *seconds*.
+
+        A close(2) of a device is over when it returns, that of a socket is not: whoever has just
+        seen QEMU exit would be told that it holds the disk.  What such a client has asked for is
+        done first; if that has to wait, for space in a full pool say, it stays counted.
+        """
+        with self._ended:
+            self._ended.wait_for(lambda: not any(map(_has_gone, self._clients)), seconds)
 
     def admit(self, *, new: bool) -> None:
         """Whether *new* clients are taken from now on; those that are there stay."""
@@ -158,6 +170,14 @@ class NbdService:
             self._clients.discard(connection)
             self._connections.pop(connection, None)
             self._threads.discard(thread)
+            self._ended.notify_all()
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the other end is closed, with all its copies; data that it sent may be left."""
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP is always told
+    return bool(poll.poll(0))
 
 
 def _who(connection: socket.socket) -> str:

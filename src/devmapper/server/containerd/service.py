@@ -69,6 +69,11 @@ class SnapshotsService:
     def name(self) -> str:
         return NAME
 
+    @property
+    def address(self) -> Path:
+        """See `Service.address`."""
+        return self._socket
+
     def start(self) -> None:
         """See `Service.start`."""
         workers = ThreadPoolExecutor(WORKERS, thread_name_prefix=NAME)

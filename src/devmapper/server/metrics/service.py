@@ -5,7 +5,6 @@ keeps no scrape: what is known is told, with its age.
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -15,8 +14,9 @@ from prometheus_client.registry import Collector
 
 from devmapper.driver import Driver
 from devmapper.errors import UsageError
+from devmapper.server.address import Address
 from devmapper.server.conditions import WARNINGS, Thresholds, remarks
-from devmapper.server.http import HttpService, TcpAddress
+from devmapper.server.http import HttpService
 from devmapper.server.metrics.collector import (
     LAYERS_INTERVAL_SECONDS,
     MAX_LAYERS,
@@ -39,7 +39,7 @@ class MetricsService:
         driver: Driver,
         snapshots: SnapshotList | None,
         operations: Operations,
-        address: Path | TcpAddress,
+        address: Address,
         *,
         observer: Observer | None = None,
         max_layers: int = MAX_LAYERS,
@@ -66,6 +66,11 @@ class MetricsService:
     @property
     def name(self) -> str:
         return self._http.name
+
+    @property
+    def address(self) -> Address:
+        """See `Service.address`."""
+        return self._http.address
 
     @property
     def port(self) -> int:

@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 from devmapper.errors import UsageError
@@ -26,6 +27,7 @@ _BUILT_IN: Final = frozenset(
     {"aufs", "blockfile", "btrfs", "devmapper", "erofs", "native", "overlayfs", "zfs"}
 )
 _MACHINES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+_IMAGES: Final = Path("/var/lib/containerd/io.containerd.snapshotter.v1")  # and a dot and the name
 _CRI: Final = ("io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri")
 
 
@@ -66,14 +68,16 @@ def snippet(config: Config, release: Release | None, name: str = NAME) -> Snippe
         f"    root = {_string(config.root)}",
     ]
     tail = _for_cri(found, name)
-    return Snippet(
-        FILE,
-        "\n".join([*head, "", *proxy, "", *tail]) + "\n",
-        (
-            "restart containerd afterwards: systemctl restart containerd",
-            f"ctr and nerdctl take it with --snapshotter {name}",
-        ),
-    )
+    notes = [
+        "restart containerd afterwards: systemctl restart containerd",
+        f"ctr and nerdctl take it with --snapshotter {name}",
+    ]
+    if found.major < 2:
+        notes.append(
+            "containerd before 1.6.32 and 1.7.16 does not read exports; for the room that is left a"
+            f" kubelet looks elsewhere then: ln -s {quote(str(config.root))} {_IMAGES}.{name}"
+        )
+    return Snippet(FILE, "\n".join([*head, "", *proxy, "", *tail]) + "\n", tuple(notes))
 
 
 def _for_cri(release: Release, name: str) -> list[str]:
