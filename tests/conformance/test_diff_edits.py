@@ -25,6 +25,7 @@ from devmapper.driver import Driver
 from devmapper.layerdiff import unchanged
 from devmapper.layerdiff.archive import write_diff
 from devmapper.layerdiff.changes import changes
+from devmapper.linux import mount
 from tests.conformance.graphdriver_base import GRAPH, clean_up
 from tests.support.fs_shutdown import shut_down
 from tests.support.tree_edits import OPERATIONS, Edit, apply_edits
@@ -32,7 +33,7 @@ from tests.support.tree_edits import OPERATIONS, Edit, apply_edits
 if TYPE_CHECKING:
     from devmapper.layerdiff.inode_ranges import InodeSet
 
-EXAMPLES: Final = int(os.environ.get("DIFF_EXAMPLES", "6"))  # hundreds are a soak
+EXAMPLES: Final = int(os.environ.get("DIFF_EXAMPLES", "5"))  # hundreds are a soak
 # Blocks of 4 KiB as layers mostly have them: mkfs gives a small ext4 blocks of 1 KiB
 FILE_SYSTEMS: Final = {"ext4": ("dm.fs=ext4", "dm.mkfsarg=-b4096"), "xfs": ("dm.fs=xfs",)}
 
@@ -87,6 +88,13 @@ class Graph:
         return layer
 
 
+@pytest.fixture
+def home(tmp_path):
+    """In memory: a graph writes back and waits for the disk again and again."""
+    with mount.mounted_at("tmpfs", tmp_path, "tmpfs", data="size=1g"):
+        yield tmp_path / "graph"
+
+
 @contextmanager
 def opened_graph(home: Path, patch: pytest.MonkeyPatch, *options: str) -> Iterator[Graph]:
     driver = devmapper.init(home, (*GRAPH, "dm.loopdatasize=2G", *options), engine="embedded")
@@ -134,8 +142,8 @@ def plant(root: str) -> None:
 
 
 @pytest.fixture(params=FILE_SYSTEMS)
-def graph(request, tmp_path, monkeypatch):
-    with opened_graph(tmp_path / "graph", monkeypatch, *FILE_SYSTEMS[request.param]) as found:
+def graph(request, home, monkeypatch):
+    with opened_graph(home, monkeypatch, *FILE_SYSTEMS[request.param]) as found:
         yield found
 
 
@@ -225,21 +233,21 @@ def test_fast_and_naive_changes_are_equal_whatever_was_done(graph, script):
 
 
 def test_each_edit(graph):
-    """So that none is missed by chance; two kinds in each of layers that stand on one another."""
+    """So that none is missed by chance; four kinds in each of layers that stand on one another."""
     with script_on(graph) as done:
         names, endings = sorted(OPERATIONS), itertools.cycle(Ending)
-        for number in range(0, len(names), 2):
+        for number in range(0, len(names), 4):
             several = [
-                Edit(each, 7 * n, 5 * n, n) for each in names[number : number + 2] for n in range(6)
+                Edit(each, 7 * n, 5 * n, n) for each in names[number : number + 4] for n in range(5)
             ]
             done.run(Stage(len(done.layers) - 1, True, several, next(endings)))
             check(graph, done.layers[-1], done.layers[-2])
 
 
-def test_inline_data_is_compared_in_full(tmp_path, monkeypatch):
+def test_inline_data_is_compared_in_full(home, monkeypatch):
     """Where content stands in inodes, ext4 is not known to us."""
     options = (*FILE_SYSTEMS["ext4"], "dm.mkfsarg=-Oinline_data", "dm.mkfsarg=-I256")
-    with opened_graph(tmp_path / "graph", monkeypatch, *options) as graph, script_on(graph) as done:
+    with opened_graph(home, monkeypatch, *options) as graph, script_on(graph) as done:
         for number in range(2):
             several = [Edit(each, 3 * number, 2, number) for each in sorted(OPERATIONS)]
             done.run(Stage(number, True, several, Ending.UNMOUNTED))

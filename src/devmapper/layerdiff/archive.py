@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 WHITEOUT: Final = ".wh."
 
 _CHUNK: Final = 1 << 20
-_SMALL_CHUNK: Final = 1 << 16  # most layers need no more, and fresh memory costs time
-_ZEROS: Final = bytes(_SMALL_CHUNK)
+_ZEROS: Final = bytes(_CHUNK)
 
 
 def write_tree(root: Path, out: BinaryIO) -> None:
@@ -62,7 +61,7 @@ class _DiffWriter:
         self._out = out
         self._ids = ids
         self._has_warned = False  # of ids
-        self._buffer = bytearray(_SMALL_CHUNK)
+        self._buffer = bytearray(_CHUNK)
         self._names: dict[tuple[int, int], str] = {}  # of files with several, where first written
 
     def add(self, change: Change) -> None:
@@ -144,11 +143,9 @@ class _DiffWriter:
 
     def _copy(self, fd: int, start: int, end: int) -> int:
         """Write the bytes from *start* to *end*; returns where they ended."""
-        if end - start > len(self._buffer) == _SMALL_CHUNK:
-            self._buffer = bytearray(_CHUNK)
         view = memoryview(self._buffer)
         while start < end:
-            count = os.preadv(fd, [view[: end - start]], start)
+            count = os.preadv(fd, [view[: min(end - start, _CHUNK)]], start)
             if not count:
                 break
             self._write(view[:count])
@@ -158,7 +155,7 @@ class _DiffWriter:
     def _write_zeros(self, count: int) -> None:
         view = memoryview(_ZEROS)
         while count > 0:
-            length = min(count, len(view))
+            length = min(count, _CHUNK)
             self._write(view[:length])
             count -= length
 

@@ -40,6 +40,7 @@ _FLAGS_FIELD: Final = 8
 _CONFIG_HEAD: Final = Struct("=2I")  # struct loop_config: fd block_size, loop_info64, reserved[8]
 _CONFIG_RESERVED: Final = bytes(64)
 _NAME_LENGTH: Final = 64
+_SYSFS_PAGE: Final = 1 << 16  # of the largest pages; an attribute has one at most
 
 LOOP_MAJOR: Final = 7
 _CONTROL: Final = Path("/dev/loop-control")
@@ -195,7 +196,7 @@ def status(path: Path) -> LoopStatus:
         fields[1],
         fields[3],
         fields[4],
-        _backing_file(path.name) or Path(os.fsdecode(fields[9].rstrip(b"\0"))),
+        Path(_backing_file(path.name) or os.fsdecode(fields[9].rstrip(b"\0"))),
         bool(flags & _LO_FLAGS_READ_ONLY),
         bool(flags & _LO_FLAGS_AUTOCLEAR),
         bool(flags & _LO_FLAGS_DIRECT_IO),
@@ -219,7 +220,8 @@ def find_by_backing_file(backing: Path) -> list[Path]:
     one that was deleted (the kernel then adds ` (deleted)` to its name).
     """
     wanted = os.path.realpath(backing.parent) + "/" + backing.name
-    return [node for node, name in attached_devices() if str(name).removesuffix(_DELETED) == wanted]
+    found = (number for number, name in _attached() if name.removesuffix(_DELETED) == wanted)
+    return [Path(f"/dev/loop{number}") for number in sorted(found)]
 
 
 def find_by_inode(file: os.stat_result) -> list[LoopStatus]:
@@ -244,14 +246,15 @@ def find_by_inode(file: os.stat_result) -> list[LoopStatus]:
 
 def attached_devices() -> list[tuple[Path, Path]]:
     """Every attached loop device and the name of its backing file, as the kernel spells it."""
-    found = []
-    for entry in Path("/sys/block").iterdir():
-        number = entry.name.removeprefix("loop")
-        if number == entry.name or not number.isdigit():
-            continue
-        if (name := _backing_file(entry.name)) is not None:
-            found.append((int(number), name))
-    return [(Path(f"/dev/loop{number}"), name) for number, name in sorted(found)]
+    return [(Path(f"/dev/loop{number}"), Path(name)) for number, name in sorted(_attached())]
+
+
+def _attached() -> Iterator[tuple[int, str]]:
+    """Numbers and backing files, in no order.  A machine may have hundreds, asked for often."""
+    for entry in os.listdir("/sys/block"):
+        number = entry.removeprefix("loop")
+        if number != entry and number.isdigit() and (name := _backing_file(entry)) is not None:
+            yield int(number), name
 
 
 def capacity(path: Path) -> Bytes:
@@ -362,17 +365,21 @@ def _attachment(path: Path) -> _Attachment | None:
         if err.errno in _NOT_ATTACHED:
             return None
         raise
-    return _Attachment(backing_file, text.strip() == "1")
+    return _Attachment(Path(backing_file), text.strip() == "1")
 
 
-def _backing_file(name: str) -> Path | None:
+def _backing_file(name: str) -> str | None:
     try:
-        text = Path(f"/sys/block/{name}/loop/backing_file").read_bytes()
+        fd = os.open(f"/sys/block/{name}/loop/backing_file", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, _SYSFS_PAGE)
+        finally:
+            os.close(fd)
     except OSError as err:
         if err.errno in _NOT_ATTACHED:
             return None
         raise
-    return Path(os.fsdecode(text.removesuffix(b"\n")))
+    return os.fsdecode(text.removesuffix(b"\n"))
 
 
 def _get_status(fd: int, path: Path) -> tuple[Any, ...]:
