@@ -1,4 +1,4 @@
-"""Disks over NBD whose engine is killed: the daemon starts another, and QEMU goes on."""
+"""Disks over NBD whose engine is killed: the daemon starts another, and who only reads goes on."""
 
 import os
 import re
@@ -33,10 +33,12 @@ OPTIONS: dict[str, Any] = {"engine": "embedded", "check_log": False, "watch_inte
 class QemuIo:
     """QEMU's block layer with a disk that it connects to again if it has to."""
 
-    def __init__(self, disk: Path) -> None:
-        where = f"driver=nbd,server.type=unix,server.path={disk},reconnect-delay={SECONDS:.0f}"
+    def __init__(self, disk: Path, *, read_only: bool = False) -> None:
+        delay = f",reconnect-delay={SECONDS:.0f}" if read_only else ""
+        where = f"driver=nbd,server.type=unix,server.path={disk}{delay}"
+        options = ["--read-only"] if read_only else []
         self._process = subprocess.Popen(
-            ["qemu-io", "--image-opts", where],
+            ["qemu-io", *options, "--image-opts", where],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -45,8 +47,8 @@ class QemuIo:
             self.close()
             raise
 
-    def run(self, command: str = "") -> None:
-        """Give it a command and wait until it asks for the next one; nothing has failed.
+    def run(self, command: str = "", *, fails: bool = False) -> None:
+        """Give it a command and wait until it asks for the next one; nothing has failed, or it has.
 
         It reads ahead, and does not look again at what it has read: one line at a time.
         """
@@ -64,7 +66,7 @@ class QemuIo:
             data = os.read(self._process.stdout.fileno(), 65536)
             assert data, (command, said)
             said += data
-        assert not re.search(rb"fail|error", said, re.IGNORECASE), (command, said)
+        assert bool(re.search(rb"fail|error", said, re.IGNORECASE)) == fails, (command, said)
 
     def write(self, slot: int, value: int) -> None:
         self.run(f"write -P {value} {slot * SLOT} {SLOT}")
@@ -78,8 +80,8 @@ class QemuIo:
 
 
 @contextmanager
-def qemu_io(disk: Path) -> Iterator[QemuIo]:
-    opened = QemuIo(disk)
+def qemu_io(disk: Path, *, read_only: bool = False) -> Iterator[QemuIo]:
+    opened = QemuIo(disk, read_only=read_only)
     try:
         yield opened
     finally:
@@ -100,27 +102,40 @@ def await_again(daemon: Daemon, layer: str, times: int) -> None:
 
 
 @pytest.mark.qemu
-def test_qemu_goes_on_when_the_engine_was_killed(tmp_path):
+def test_who_reads_goes_on_and_who_writes_is_told(tmp_path):
+    """A machine that writes must not come back to a disk that has lost what it wrote last."""
     with served(tmp_path, **OPTIONS) as daemon:
-        disk = daemon.sockets / "vm.sock"
-        daemon.command("create", "vm")
-        daemon.command("nbd", "vm", "--socket", disk)
+        dm = daemon.command
+        disk, base = daemon.sockets / "vm.sock", daemon.sockets / "base.sock"
+        dm("create", "base-disk")
+        dm("nbd", "base-disk", "--socket", disk)
         with qemu_io(disk) as machine:
-            durable: dict[int, int] = {}
+            machine.write(0, 77)
+            machine.run("flush")
+        dm("nbd", "base-disk", "--stop")
+        dm("create", "vm", "--parent", "base-disk")
+        dm("nbd", "base-disk", "--socket", base, "--read-only")
+        durable: dict[int, int] = {}
+        with qemu_io(base, read_only=True) as reader:
             for number in range(2):
-                for slot in range(8):
-                    value = 16 * number + slot + 1
-                    machine.write(100 * number + slot, value)
-                    durable[100 * number + slot] = value
-                machine.run("flush")
-                for slot in range(8, 12):
-                    machine.run(f"aio_write -P 99 {(100 * number + slot) * SLOT} {SLOT}")
-                kill_engine()  # while these are under way, or lie in its memory
-                machine.run("aio_flush")
-                await_again(daemon, "vm", number + 1)
-                for slot, value in durable.items():
-                    machine.check(slot, value)
-        assert daemon.command("check").status == 0
+                dm("nbd", "vm", "--socket", disk)
+                with qemu_io(disk) as machine:
+                    for slot, value in durable.items():
+                        machine.check(slot, value)
+                    for slot in range(8):
+                        value = 16 * number + slot + 1
+                        machine.write(100 * number + slot, value)
+                        durable[100 * number + slot] = value
+                    machine.run("flush")
+                    for slot in range(8, 12):
+                        machine.run(f"aio_write -P 99 {(100 * number + slot) * SLOT} {SLOT}")
+                    kill_engine()  # while these are under way, or lie in its memory
+                    await_again(daemon, "base-disk", number + 1)
+                    machine.run("flush", fails=True)
+                assert "layer 'vm' is not served over NBD any more" in daemon.log.read_text()
+                reader.check(0, 77)
+        dm("nbd", "base-disk", "--stop")
+        assert dm("check").status == 0
 
 
 def test_each_service_comes_back_as_it_was(tmp_path):
@@ -131,9 +146,9 @@ def test_each_service_comes_back_as_it_was(tmp_path):
             dm("create", layer)
         dm("nbd", "own", "--socket", own, "--read-only")
         os.chown(own, 1234, 4321)
-        chosen = Path(dm("nbd", "chosen").text.strip().partition("=")[2])
-        dm("nbd", "gone", "--socket", gone)
-        dm("nbd", "ended")
+        chosen = Path(dm("nbd", "chosen", "--read-only").text.strip().partition("=")[2])
+        dm("nbd", "gone", "--socket", gone, "--read-only")
+        dm("nbd", "ended", "--read-only")
         dm("nbd", "ended", "--stop")
         daemon.restart()  # the next one has to learn what is served
         gone.unlink()
@@ -149,7 +164,7 @@ def test_each_service_comes_back_as_it_was(tmp_path):
             pass
         devices = dm("--json", "engine", "status").json["devices"]
         assert sorted((each["nbd"]["uri"], each["nbd"]["read_only"]) for each in devices) == sorted(
-            (f"nbd+unix:///?socket={path}", path == own) for path in (own, chosen)
+            (f"nbd+unix:///?socket={path}", True) for path in (own, chosen)
         )
         assert gone.read_text() == "somebody's"
         for layer in ("own", "chosen"):

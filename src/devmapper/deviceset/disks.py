@@ -43,7 +43,9 @@ class LayerDisks:
     """The disks of one graph.  Methods may be called from any thread, holding no lock.
 
     The services of an engine that is killed end with it.  The process that has given them out, or
-    looked for them with `learn`, gives them out again when it has started another engine.
+    looked for them with `learn`, gives out again those for reading when it has started another
+    engine.  A client that writes must see the end: what was answered and not flushed is lost, and
+    one that came back by itself would take it for written.
     """
 
     def __init__(self, graph: Graph, mounts: LayerMounts) -> None:
@@ -121,9 +123,9 @@ class LayerDisks:
             )
 
     def _serve_again(self, session: Session) -> None:
-        """Give out the services that an engine has taken with it; an error keeps no other one.
+        """Give out the services for reading that an engine has taken with it, tell of the others.
 
-        Whoever had connected comes back by himself, or not: what was not flushed is lost for him.
+        An error keeps no other one.
         """
         for layer, before in tuple(self._served.items()):
             record = session.find(layer)
@@ -131,10 +133,16 @@ class LayerDisks:
             if record is None or not self._was_served(before, left):
                 self._served.pop(layer, None)
                 continue
-            try:
-                export = self._serve(
-                    session, layer, record, before.path, read_only=before.read_only
+            if not before.read_only:
+                self._served.pop(layer, None)
+                log.warning(
+                    "layer %r is not served over NBD any more: its machine may have lost what it"
+                    " has not flushed; end the machine, then serve the layer again",
+                    file_name(layer),
                 )
+                continue
+            try:
+                export = self._serve(session, layer, record, before.path, read_only=True)
                 if left is not None and (left.st_uid, left.st_gid) != (os.geteuid(), os.getegid()):
                     os.chown(export.socket, left.st_uid, left.st_gid, follow_symlinks=False)
             except (DevmapperError, OSError) as err:
