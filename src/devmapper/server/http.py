@@ -8,18 +8,18 @@ import functools
 import logging
 import socket
 import threading
-import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar, cast
 
 from aiohttp import web
 
 from devmapper.server import closing, sockets
 from devmapper.server.address import Address, TcpAddress
-from devmapper.server.refusal import Connection, Refuse, plain
+from devmapper.server.connection import Connection
+from devmapper.server.refusal import Refuse, plain
 from devmapper.server.service import STOP_SECONDS
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,6 @@ class HttpService:
         self._stop: asyncio.Event | None = None
         self._keep_alive = keep_alive
         self._grace = STOP_SECONDS
-        self._under_way: set[object] = set()
-        self._heard: weakref.WeakSet[object] = weakref.WeakSet()  # transports with a request so far
         self._changed = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # while it stops
         self._own: tuple[int, int] | None = None
@@ -120,23 +118,19 @@ class HttpService:
         return await asyncio.get_running_loop().run_in_executor(self._workers, bound)
 
     @web.middleware
-    async def _watched(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Know the connections whose requests are under way."""
-        connection = request.protocol
-        self._under_way.add(connection)
-        if request.transport is not None:
-            self._heard.add(request.transport)
-        try:
-            response = await handler(request)
-            if self._stop is not None and self._stop.is_set():
-                response.force_close()
-            return response
-        finally:
-            self._under_way.discard(connection)
-            self._changed.set()
+    async def _last(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Once it was told to stop, an answer is a connection's last."""
+        response = await handler(request)
+        if self._stop is not None and self._stop.is_set():
+            response.force_close()
+        return response
 
     async def _end(
-        self, runner: web.AppRunner, site: asyncio.Server, listener: socket.socket
+        self,
+        server: web.Server,
+        runner: web.AppRunner,
+        site: asyncio.Server,
+        listener: socket.socket,
     ) -> None:
         """Let nobody connect any more, answer what clients have sent, and close.
 
@@ -145,14 +139,14 @@ class HttpService:
         """
         if isinstance(self._address, Path):
             sockets.remove(self._address, self._own)
-        server = runner.server
-        if server is not None:
-            await closing.quieten(server, listener, self._under_way, self._heard)
-            site.close()
-            while self._under_way:
-                self._changed.clear()
-                await self._changed.wait()
-            await closing.quieten(server, None, self._under_way, self._heard)  # who came last
+
+        def connections() -> list[Connection]:
+            return cast("list[Connection]", server.connections)  # `_serve` makes no others
+
+        await closing.quieten(connections, listener)
+        site.close()
+        await closing.answered(connections, self._changed)
+        await closing.quieten(connections, None)  # whose last answer had begun before all this
         await runner.cleanup()
 
     def _shorten(self) -> None:
@@ -190,13 +184,18 @@ class HttpService:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         application = self._make()
-        application.middlewares.insert(0, self._watched)
+        application.middlewares.insert(0, self._last)
         runner = web.AppRunner(application, handle_signals=False, shutdown_timeout=FOREVER_SECONDS)
         await runner.setup()
         server = runner.server
         assert server is not None  # noqa: S101 - it has been set up
         connection = functools.partial(
-            Connection, server, self._refuse, loop=self._loop, keep_alive=self._keep_alive
+            Connection,
+            server,
+            self._refuse,
+            loop=self._loop,
+            keep_alive=self._keep_alive,
+            changed=self._changed.set,
         )
         site = await self._loop.create_server(connection, sock=listener, backlog=sockets.BACKLOG)
         try:
@@ -205,7 +204,7 @@ class HttpService:
         finally:
             try:
                 async with asyncio.timeout(self._grace) as self._deadline:
-                    await self._end(runner, site, listener)
+                    await self._end(server, runner, site, listener)
             except TimeoutError:
                 log.warning("the %s service: requests under way were broken off", self._name)
                 for each in server.connections:
