@@ -6,7 +6,8 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check fmt lint unit test test-kernel test-systemd test-newer shell-kernel soak
-.PHONY: demo bench bench-layers bench-docker bench-clients bench-snapshots bench-diff clean-leftovers machines
+.PHONY: test-guests test-programs test-engines demo bench bench-layers bench-docker bench-clients
+.PHONY: bench-snapshots bench-diff clean-leftovers machines
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +32,20 @@ fmt: $(STAMP) ## format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+# Each lane leaves a processor idle half of its time: it waits for programs, disks and the guests
 test: $(STAMP) lint machines ## everything; what this machine cannot run is named at the end
 	$(PY) -m pytest -q -n auto tests/unit
-	$(PY) -m pytest -q tests --ignore=tests/unit
+	@echo "three lanes side by side, each printed when it ends: some ten minutes"
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target test-guests test-programs test-engines
+
+test-guests: $(STAMP) # the tests of the kernel's device mapper
+	$(PY) -m pytest -q -m kernel tests
+
+test-programs: $(STAMP) # whole programs on this machine
+	$(PY) -m pytest -q -m "not kernel" tests/e2e tests/suites
+
+test-engines: $(STAMP) # the rest
+	$(PY) -m pytest -q -m "not kernel" tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/suites
 
 machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
 	@$(PY) -m tests.support.vm
