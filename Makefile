@@ -42,10 +42,10 @@ test-guests: $(STAMP) # the tests of the kernel's device mapper
 	$(PY) -m pytest -q -m kernel tests
 
 test-programs: $(STAMP) # whole programs on this machine
-	$(PY) -m pytest -q -m "not kernel" tests/e2e tests/suites
+	$(PY) -m pytest -q -m "not kernel" tests/e2e
 
 test-engines: $(STAMP) # the rest
-	$(PY) -m pytest -q -m "not kernel" tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/suites
+	$(PY) -m pytest -q -m "not kernel" tests --ignore=tests/unit --ignore=tests/e2e
 
 machines: $(STAMP) # what virtual machines boot, fetched once; a guest has no network to do it
 	@$(PY) -m tests.support.vm
