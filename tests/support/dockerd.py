@@ -60,6 +60,7 @@ class Dockerd:
         self._group = group
         self._socket = run / "api"
         self._process: subprocess.Popen[bytes] | None = None
+        self._shim_sockets: set[Path] = set()  # of shims that were killed
 
     @property
     def running(self) -> bool:
@@ -106,7 +107,7 @@ class Dockerd:
         """
         process = self._own()
         if containers:
-            self._group.kill()
+            self.end_all()
         else:
             process.send_signal(signal.SIGKILL)
         process.wait(_STOP_SECONDS)
@@ -118,7 +119,19 @@ class Dockerd:
     def kill_containers(self) -> None:
         """End what a dockerd that was killed alone has left running."""
         assert self._process is None
+        self.end_all()
+
+    def end_all(self) -> None:
+        """SIGKILL to whatever runs of it."""
+        # Shims remove them themselves; containerd has a place for them that cannot be chosen
+        for address in self._run.glob("exec/containerd/daemon/*.task/*/*/address"):
+            self._shim_sockets.add(Path(address.read_text().removeprefix("unix://")))
         self._group.kill()
+
+    def remove_shim_sockets(self) -> None:
+        """Remove what shims have left that were killed."""
+        for left in self._shim_sockets:
+            left.unlink(missing_ok=True)
 
     def docker(
         self, *arguments: str, stdin: bytes = b"", check: bool = True, buildkit: bool = False
@@ -275,7 +288,8 @@ def data_root(
             finally:
                 if rig.running:
                     rig.kill()
-                group.kill()
+                rig.end_all()
+                rig.remove_shim_sockets()
                 unmount_below(run)
                 unmount_below(folder)
                 remove_devices(rig.home)
