@@ -53,6 +53,7 @@ class NbdService:
         self._ended = threading.Condition(self._lock)  # whenever a connection has
         self._connections: dict[socket.socket, str] = {}  # who it is, in words
         self._clients: set[socket.socket] = set()
+        self._late: set[socket.socket] = set()  # clients that were waited for in vain
         self._admits = True
         self._closed = False
         self._loans = threading.Semaphore(_MAX_LOANS)
@@ -73,10 +74,15 @@ class NbdService:
 
         A close(2) of a device is over when it returns, that of a socket is not: whoever has just
         seen QEMU exit would be told that it holds the disk.  What such a client has asked for is
-        done first; if that has to wait, for space in a full pool say, it stays counted.
+        done first; if that has to wait, for space in a full pool say, it stays counted, and nobody
+        waits for it again.
         """
         with self._ended:
-            self._ended.wait_for(lambda: not any(map(_has_gone, self._clients)), seconds)
+            self._ended.wait_for(lambda: not self._leaving(), seconds)
+            self._late |= self._leaving()
+
+    def _leaving(self) -> set[socket.socket]:
+        return {each for each in self._clients - self._late if _has_gone(each)}
 
     def admit(self, *, new: bool) -> None:
         """Whether *new* clients are taken from now on; those that are there stay."""
@@ -168,6 +174,7 @@ class NbdService:
     def _forget(self, connection: socket.socket, thread: threading.Thread) -> None:
         with self._lock:
             self._clients.discard(connection)
+            self._late.discard(connection)
             self._connections.pop(connection, None)
             self._threads.discard(thread)
             self._ended.notify_all()
