@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from devmapper.linux import blockdev, files, loop, mount
-from devmapper.linux.holders import holders
+from devmapper.linux.blockdev import DeviceNumber
+from devmapper.linux.holders import devices_in_use, holders
 from devmapper.linux.process import run
 from devmapper.units import Bytes
 from tests.support.waiting import wait_for
@@ -136,6 +137,27 @@ def test_a_mount_in_another_namespace_is_named(device: Path, point: Path) -> Non
         user.wait()
         user.stdout.close()
     wait_for(lambda: not loop.is_open_exclusively(device))
+
+
+def test_files_in_use_are_told_from_copies_of_a_mount(device: Path, point: Path) -> None:
+    number = blockdev.device_number(device)
+    other = DeviceNumber(number.major, (1 << 20) - 1)  # nobody's
+    ready = "echo ready; exec sleep 600"
+    with mount.mounted_at(device, point, "ext4"):
+        for words, cwd, uses in (
+            (["unshare", "--mount", "sh", "-c", ready], Path("/"), False),
+            (["sh", "-c", ready], point, True),
+            (["sh", "-c", f"exec 9>'{point}/file'; {ready}"], Path("/"), True),
+        ):
+            with subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE) as user:
+                assert user.stdout is not None
+                assert user.stdout.readline() == b"ready\n"
+                try:
+                    assert devices_in_use([other, number]) == ({number} if uses else set())
+                finally:
+                    user.kill()
+        assert devices_in_use([other, number]) == set()
+    assert devices_in_use([]) == set()
 
 
 def test_an_open_block_device_has_a_holder(device: Path) -> None:

@@ -4,14 +4,17 @@ It may end without a word, or be told to let go of everything.  The graph stays 
 that client's alone.
 """
 
+import errno
 import logging
 
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.owners import owner_of
 from devmapper.deviceset.users import SOMEBODY
+from devmapper.engine.port import DeviceInfo
 from devmapper.errors import LayerBusy, LayerNotFound, LayerNotMounted
 from devmapper.linux import holders
+from devmapper.linux.blockdev import DeviceNumber, device_number
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +54,28 @@ def begin_again(devices: DeviceSet, user: str) -> None:
     counts as one use, which the new process ends when the container does.
     """
     mounts = devices.parts.mounts
-    for layer in mounts.used_by(user):
-        info = mounts.info(layer)
-        if info is not None and holders.used_by_processes(info.path):
+    numbers = {layer: _number(mounts.info(layer)) for layer in mounts.used_by(user)}
+    in_use = holders.devices_in_use([each for each in numbers.values() if each is not None])
+    for layer, number in numbers.items():
+        if number in in_use:
             mounts.count_once(layer, user)
             continue
         try:
             leave(devices, layer, user)
         except LayerBusy as err:
             log.warning("%s; it stays mounted", err)
+
+
+def _number(info: DeviceInfo | None) -> DeviceNumber | None:
+    """Of an active block device; None for what is none, or has gone meanwhile."""
+    if info is None or info.nbd is not None:
+        return None
+    try:
+        return device_number(info.path)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENOTBLK):
+            return None
+        raise
 
 
 def let_go_of_abandoned(devices: DeviceSet, owner: str) -> None:

@@ -8,7 +8,7 @@ processes come and go while it is made, and it is bounded in time and length.
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from devmapper.linux.blockdev import DeviceNumber, device_number
 
 _MAX_HOLDERS: Final = 10
 _MAX_SECONDS: Final = 2.0
+_MAX_SECONDS_FOR_ALL: Final = 30.0  # where much is decided by it, and no one waits for an error
 _MAX_DESCRIPTORS: Final = 4096
 _MAX_MAPS: Final = 1024**2  # bytes of a process's table of mappings
 
@@ -43,14 +44,25 @@ def holders(device: Path) -> list[str]:
     return found[:_MAX_HOLDERS]
 
 
-def used_by_processes(device: Path) -> bool:
-    """Whether a process uses files of *device*, or has it mounted in another mount namespace.
+def devices_in_use(devices: Collection[DeviceNumber]) -> set[DeviceNumber]:
+    """Those of *devices* of which a process uses files: its root, what it has open or mapped.
 
-    True as well where that cannot be told in time.  `OSError` for what is no device.
+    Every process is looked at once for all of them.  A copy of a mount in another mount namespace,
+    as each service with one of its own gets, is no use.  What cannot be told within half a minute
+    counts as in use.
     """
-    number = device_number(device)
-    deadline = time.monotonic() + _MAX_SECONDS
-    return any(_uses_by_processes(number)) or time.monotonic() > deadline
+    unknown = set(devices)
+    found: set[DeviceNumber] = set()
+    deadline = time.monotonic() + _MAX_SECONDS_FOR_ALL
+    for process in _processes():
+        if not unknown:
+            break
+        if time.monotonic() > deadline:
+            return found | unknown
+        with suppress(OSError):  # it has ended
+            found |= unknown & _devices_of(process)
+            unknown -= found
+    return found
 
 
 def _uses_by_processes(number: DeviceNumber) -> Iterator[list[str]]:
@@ -90,6 +102,24 @@ def _uses_of(process: Path, number: DeviceNumber, seen_namespaces: set[str]) -> 
     if (mapped := _mapped_file(process, number)) is not None:
         uses.append(f"{who} has {mapped!r} mapped")
     return uses
+
+
+def _devices_of(process: Path) -> set[DeviceNumber]:
+    """The devices that the process's files are on, and the block devices that it has open."""
+    found = set()
+    for link in _open_files(process):
+        with suppress(OSError):
+            mode, file_system, node = libc.cached_devices(str(link))
+            found.add(DeviceNumber(*file_system))
+            if stat.S_ISBLK(mode):
+                found.add(DeviceNumber(*node))
+    with open(process / "maps", "rb") as file:
+        for line in file.read(_MAX_MAPS).splitlines():
+            fields = line.split(maxsplit=4)
+            if len(fields) == 5:
+                major, _, minor = fields[3].partition(b":")
+                found.add(DeviceNumber(int(major, 16), int(minor, 16)))
+    return found
 
 
 def _is_on(link: Path, number: DeviceNumber) -> bool:
