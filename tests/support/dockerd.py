@@ -61,6 +61,7 @@ class Dockerd:
         self._socket = run / "api"
         self._process: subprocess.Popen[bytes] | None = None
         self._shim_sockets: set[Path] = set()  # of shims that were killed
+        self.was_killed = False
 
     @property
     def running(self) -> bool:
@@ -106,6 +107,7 @@ class Dockerd:
         Its containerd goes with it (it asks the kernel for that), shims and containers go on.
         """
         process = self._own()
+        self.was_killed = True
         if containers:
             self.end_all()
         else:
@@ -292,7 +294,7 @@ def data_root(
                 rig.remove_shim_sockets()
                 unmount_below(run)
                 unmount_below(folder)
-                remove_devices(rig.home)
+                remove_devices(rig.home, was_killed=rig.was_killed)
     finally:
         shutil.rmtree(run)
 
@@ -311,8 +313,11 @@ def unmount_below(folder: Path) -> None:
         mount.unmount(point, flags=mount.UmountFlag.DETACH)
 
 
-def remove_devices(home: Path) -> None:
-    """Remove the graph's devices and its pool from the kernel, as they are."""
+def remove_devices(home: Path, *, was_killed: bool = False) -> None:
+    """Remove the graph's devices and its pool from the kernel, as they are.
+
+    A dockerd that *was_killed* may have removed a device, and not its node in /dev/mapper yet.
+    """
     if not home.exists():
         return
     from devmapper.deviceset.names import GraphNames
@@ -322,6 +327,8 @@ def remove_devices(home: Path) -> None:
     ours = [name for name in active if name.startswith(f"{prefix}-")]
     for name in sorted(ours, key=lambda name: name.endswith("-pool")):
         _dmsetup("remove", name)
+    if was_killed:
+        _dmsetup("mknodes")  # which removes those without a device, too
 
 
 def _dmsetup(*arguments: str) -> list[str]:
