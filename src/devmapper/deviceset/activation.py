@@ -37,6 +37,7 @@ from devmapper.errors import (
     ThinBusy,
 )
 from devmapper.linux import blockdev, mount
+from devmapper.linux.blockdev import DeviceNumber
 from devmapper.linux.holders import stacked_devices
 from devmapper.units import SECTOR_SIZE, Bytes
 
@@ -174,12 +175,8 @@ class LayerMounts:
     def _place(self, layer: LayerId, info: DeviceInfo | None) -> Path | None:
         if info is None or info.open_count == 0:  # a mount is a user
             return None
-        try:
-            number = blockdev.device_number(info.path)
-        except OSError as err:
-            if err.errno in (errno.ENOENT, errno.ENOTBLK):  # it went meanwhile, or never was one
-                return None
-            raise
+        if (number := number_of(info)) is None:
+            return None
         # The table of mounts is long where there are many layers: first where it ought to be
         usual = self._mount_points / layer
         if layer and mount.is_mount_of(usual, number):
@@ -332,6 +329,16 @@ class LayerMounts:
             deactivate(self._graph.pool, info.name, deferred=deferred)
         except ThinBusy as err:
             raise self.busy(layer) from err
+
+
+def number_of(info: DeviceInfo) -> DeviceNumber | None:
+    """The number of an active block device; None if it went meanwhile, or never was one."""
+    try:
+        return blockdev.device_number(info.path)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENOTBLK):
+            return None
+        raise
 
 
 def disk_size(record: LayerRecord) -> Bytes:

@@ -4,17 +4,15 @@ It may end without a word, or be told to let go of everything.  The graph stays 
 that client's alone.
 """
 
-import errno
 import logging
 
+from devmapper.deviceset.activation import number_of
 from devmapper.deviceset.deviceset import DeviceSet
 from devmapper.deviceset.names import LayerId, file_name
 from devmapper.deviceset.owners import owner_of
 from devmapper.deviceset.users import SOMEBODY
-from devmapper.engine.port import DeviceInfo
 from devmapper.errors import LayerBusy, LayerNotFound, LayerNotMounted
 from devmapper.linux import holders
-from devmapper.linux.blockdev import DeviceNumber, device_number
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,10 @@ def begin_again(devices: DeviceSet, user: str) -> None:
     counts as one use, which the new process ends when the container does.
     """
     mounts = devices.parts.mounts
-    numbers = {layer: _number(mounts.info(layer)) for layer in mounts.used_by(user)}
+    numbers = {}
+    for layer in mounts.used_by(user):
+        info = mounts.info(layer)
+        numbers[layer] = None if info is None else number_of(info)
     in_use = holders.devices_in_use([each for each in numbers.values() if each is not None])
     for layer, number in numbers.items():
         if number in in_use:
@@ -64,18 +65,6 @@ def begin_again(devices: DeviceSet, user: str) -> None:
             leave(devices, layer, user)
         except LayerBusy as err:
             log.warning("%s; it stays mounted", err)
-
-
-def _number(info: DeviceInfo | None) -> DeviceNumber | None:
-    """Of an active block device; None for what is none, or has gone meanwhile."""
-    if info is None or info.nbd is not None:
-        return None
-    try:
-        return device_number(info.path)
-    except OSError as err:
-        if err.errno in (errno.ENOENT, errno.ENOTBLK):
-            return None
-        raise
 
 
 def let_go_of_abandoned(devices: DeviceSet, owner: str) -> None:

@@ -96,7 +96,7 @@ def _uses_of(process: Path, number: DeviceNumber, seen_namespaces: set[str]) -> 
         if any(m.device == number for m in mount.mountinfo(int(process.name))):
             uses.append(f"{who} has it mounted in another mount namespace")
     for link in _open_files(process):
-        if _is_on(link, number):
+        if number in _devices_behind(link):
             uses.append(f"{who} uses {_link(link)!r}")
             return uses
     if (mapped := _mapped_file(process, number)) is not None:
@@ -106,13 +106,9 @@ def _uses_of(process: Path, number: DeviceNumber, seen_namespaces: set[str]) -> 
 
 def _devices_of(process: Path) -> set[DeviceNumber]:
     """The devices that the process's files are on, and the block devices that it has open."""
-    found = set()
+    found: set[DeviceNumber] = set()
     for link in _open_files(process):
-        with suppress(OSError):
-            mode, file_system, node = libc.cached_devices(str(link))
-            found.add(DeviceNumber(*file_system))
-            if stat.S_ISBLK(mode):
-                found.add(DeviceNumber(*node))
+        found |= _devices_behind(link)
     with open(process / "maps", "rb") as file:
         for line in file.read(_MAX_MAPS).splitlines():
             fields = line.split(maxsplit=4)
@@ -122,16 +118,17 @@ def _devices_of(process: Path) -> set[DeviceNumber]:
     return found
 
 
-def _is_on(link: Path, number: DeviceNumber) -> bool:
-    """Whether what /proc's *link* leads to is on the device, or is its node.
+def _devices_behind(link: Path) -> set[DeviceNumber]:
+    """The device that what /proc's *link* leads to is on, and the one whose node it is.
 
     By number: a name would not tell of files in a mount that was detached, or elsewhere.
     """
     try:
         mode, file_system, node = libc.cached_devices(str(link))
     except OSError:
-        return False
-    return file_system == number or (stat.S_ISBLK(mode) and node == number)
+        return set()
+    numbers = (file_system, node) if stat.S_ISBLK(mode) else (file_system,)
+    return {DeviceNumber(*number) for number in numbers}
 
 
 def _open_files(process: Path) -> Iterator[Path]:
